@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint bazel lock
+
+# TensorFlow's notes (CPU features, ends of data sets) would bury what a run prints: 2 keeps its
+# errors. The few lines about a missing GPU while it is imported cannot be turned off.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed  ## Create $(VENV) with exactly the locked packages
+
+quickstart: $(VENV)/.installed  ## Pretrain and evaluate on embedded photographs, on a CPU
+	$(VENV)/bin/python experiments/run.py --flagfile=quickstart.flags
+
+test: $(VENV)/.installed  ## Run the tests
+	$(VENV)/bin/python -m pytest tests
+
+lint: $(VENV)/.installed  ## Check style and imports
+	$(VENV)/bin/ruff check .
+
+bazel: $(VENV)/.installed  ## Check the Bazel graph offline, with Debian's bazel-bootstrap
+	PATH="$(abspath $(VENV))/bin:$$PATH" tools/check_bazel_graph.sh
+
+# Needs no more than the environment's python: a lock that does not install must stay repairable.
+lock: $(VENV)/bin/python  ## Compile requirements_lock.txt from requirements.txt, pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --extra test \
+	    --custom-compile-command "make lock" --output-file requirements_lock.txt --quiet pyproject.toml
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(1)' || { \
+	    echo "isd_tf needs Python 3.11 or newer. Received: PYTHON=$(PYTHON)," \
+	         "which is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot create environments: ensurepip is missing." \
+	         "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The package itself goes in as a link to the checkout, so that experiments/run.py finds it from any
+# directory. Without build isolation it is built by the locked setuptools, which TensorFlow brings.
+$(VENV)/.installed: requirements_lock.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --require-hashes -r requirements_lock.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,370 @@
+"""Pretrains an encoder by ISD, scores it and exports it.
+
+    python experiments/run.py --flagfile=quickstart.flags
+    python experiments/run.py --flagfile=imagenet.flags --data_dir=PATH --workdir=runs/imagenet
+
+Flag files are looked for in the working directory and then beside this file. The same command in
+the same workdir continues where it was stopped.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+# Before TensorFlow is imported: it leaves oneDNN off on CPUs without AVX-512, at half the speed.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import flagfiles  # noqa: E402
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+
+import isd_tf  # noqa: E402
+from isd_tf import checkpoints as checkpointing  # noqa: E402
+from isd_tf import distribution, encoders, monitoring  # noqa: E402
+from isd_tf.decoding import Unreadable  # noqa: E402
+from isd_tf.evaluation import knn  # noqa: E402
+
+FLAGS = flags.FLAGS
+STAGES = ("pretrain", "evaluate", "export")
+EVALUATION_BATCH = 256
+
+# Data
+flags.DEFINE_string("dataset", None, "photo_patches, folder, list, or a TFDS name.")
+flags.DEFINE_string("data_dir", None, "The folder; what a list's paths are relative to; TFDS' own.")
+flags.DEFINE_string("image_list", None, "The file of --dataset=list.")
+flags.DEFINE_string("train_split", "train", "TFDS split or subfolder to pretrain on.")
+flags.DEFINE_string("test_split", None, "The same for testing. Unset: test, validation or val.")
+flags.DEFINE_float("max_unreadable", 0.01, "Share of the images that may be unreadable.")
+flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
+
+# Views
+flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, strong/strong, ...")
+
+# Networks
+flags.DEFINE_string("encoder", None, f"One of {', '.join(encoders.ARCHITECTURES)}.")
+flags.DEFINE_integer("width", None, "Channels of the first stage. Unset: the encoder's usual.")
+flags.DEFINE_enum("heads", None, list(encoders.HEADS), "ISD: predictor. ISD+: projector as well.")
+flags.DEFINE_enum(
+    "batch_norm",
+    "shuffled",
+    ["shuffled", "synchronized"],
+    "Statistics of each replica, the teacher's images shuffled; or of all replicas together.",
+)
+
+# Method
+flags.DEFINE_integer("queue_size", None, "Anchors in the queue.")
+flags.DEFINE_float("teacher_temperature", None, "Divides the teacher's similarities.")
+flags.DEFINE_float("student_temperature", None, "Divides the student's similarities.")
+flags.DEFINE_float("teacher_momentum", None, "Share of its past that the teacher keeps each step.")
+
+# Optimization
+flags.DEFINE_integer("epochs", None, "Passes over the training images.")
+flags.DEFINE_integer("batch_size", None, "Global batch size, over all replicas.")
+flags.DEFINE_float("learning_rate", None, "Of the first epoch.")
+flags.DEFINE_enum("learning_rate_schedule", "cosine", ["cosine", "drops"], "By epoch.")
+flags.DEFINE_list("drop_epochs", [], "Epochs from 1 that begin with a drop of the rate.")
+flags.DEFINE_float("drop_factor", 0.2, "Factor of each drop.")
+flags.DEFINE_float("sgd_momentum", 0.9, "Of the student's optimizer.")
+flags.DEFINE_float("weight_decay", 1e-4, "Coupled, on every trainable weight.")
+flags.DEFINE_integer("seed", 0, "Of initial weights, order, views and permutations.")
+
+# Run
+flags.DEFINE_string("workdir", None, "Receives flags, checkpoints, logs, results and SavedModel.")
+flags.DEFINE_list("stages", list(STAGES), f"Of {', '.join(STAGES)}.")
+flags.DEFINE_enum("strategy", "auto", ["auto", "one", "mirrored"], "Devices to train on.")
+flags.DEFINE_integer("logical_cpus", 1, "Splits the CPU, to try --strategy=mirrored without GPUs.")
+flags.DEFINE_integer("checkpoint_every_steps", 1000, "And at the end of epochs. 0: only there.")
+flags.DEFINE_integer("keep_checkpoints", 2, "How many of the newest to keep.")
+flags.DEFINE_integer("log_every_steps", 10, "Steps between values in TensorBoard's log.")
+flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0: never.")
+flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
+
+# What may change between two calls in one workdir; every other flag is the recipe.
+NOT_RECIPE = frozenset(
+    "data_dir image_list test_split max_unreadable workdir stages strategy logical_cpus "
+    "checkpoint_every_steps keep_checkpoints log_every_steps knn_every_epochs export_encoder".split()
+)
+REQUIRED = (
+    "dataset image_size views encoder heads queue_size teacher_temperature student_temperature "
+    "teacher_momentum epochs batch_size learning_rate workdir".split()
+)
+
+
+def main(argv):
+    require_flags(argv)
+    keras.utils.set_random_seed(FLAGS.seed)
+    strategy = choose_devices()
+    train, test = isd_tf.datasets.load(
+        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
+    )
+    warn_and_check(train, strategy)
+
+    workdir = open_workdir()
+    steps_per_epoch = len(train) // FLAGS.batch_size
+    model = build_model(strategy, steps_per_epoch)
+    checkpoints = checkpointing.Checkpoints(
+        workdir / "checkpoints", model, FLAGS.keep_checkpoints
+    )
+    first_step = checkpoints.restore_newest()
+    say(f"{train.name}: {len(train)} images" + (f", {len(train.class_names)} classes." if
+        isd_tf.datasets.is_labelled(train) else ", no labels."))  # fmt: skip
+    if first_step:
+        say(f"Continuing {workdir} after step {first_step}.")
+
+    results = {}
+    if "pretrain" in FLAGS.stages:
+        results |= pretrain(model, checkpoints, first_step, train, test, workdir)
+    elif not first_step:
+        raise ValueError(
+            f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
+        )
+    results["step"] = checkpoints.step
+    if "evaluate" in FLAGS.stages:
+        results |= evaluate(model, train, test)
+    if "export" in FLAGS.stages:
+        encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
+        path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
+        say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+    write_results(workdir, results)
+
+
+# ---------------------------------------------------------------------------------- chapters
+
+
+def require_flags(argv):
+    if argv[1:]:
+        raise ValueError(f"Arguments must be flags. Received: {' '.join(argv[1:])}.")
+    unset = [name for name in REQUIRED if FLAGS[name].value is None]
+    if unset:
+        raise ValueError(
+            f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
+            "python experiments/run.py --flagfile=quickstart.flags"
+        )
+    unknown = [stage for stage in FLAGS.stages if stage not in STAGES]
+    if unknown or not FLAGS.stages:
+        raise ValueError(
+            f"Unknown stages. Expected some of {', '.join(STAGES)}. "
+            f"Received: --stages={','.join(FLAGS.stages)}."
+        )
+    for name in ("epochs", "batch_size", "queue_size", "log_every_steps", "keep_checkpoints"):
+        if FLAGS[name].value < 1:
+            raise ValueError(f"--{name} must be at least 1. Received: {FLAGS[name].value}.")
+    if not FLAGS.learning_rate > 0:
+        raise ValueError(f"--learning_rate must be positive. Received: {FLAGS.learning_rate}.")
+    if FLAGS.queue_size < FLAGS.batch_size:
+        raise ValueError(
+            f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
+            f"Received: --queue_size={FLAGS.queue_size}. Raise it or lower --batch_size."
+        )
+    if FLAGS.learning_rate_schedule == "drops":
+        bad = [epoch for epoch in FLAGS.drop_epochs if not epoch.isdigit()]
+        if bad or not FLAGS.drop_epochs:
+            raise ValueError(
+                "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
+                f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
+            )
+
+
+def choose_devices():
+    if FLAGS.logical_cpus > 1:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus
+        tf.config.set_logical_device_configuration(cpu, parts)
+    strategy = distribution.choose_strategy(FLAGS.strategy)
+    replicas = strategy.num_replicas_in_sync
+    if FLAGS.batch_size % replicas:
+        raise ValueError(
+            f"The replicas share the batch evenly. Received: --batch_size={FLAGS.batch_size} for "
+            f"{replicas} replicas. Use a multiple of {replicas}, or --strategy=one."
+        )
+    devices = getattr(strategy.extended, "worker_devices", ("one device",))
+    say(
+        f"{replicas} replica{'s' * (replicas > 1)} on {', '.join(devices)}; "
+        f"global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
+    )
+    return strategy
+
+
+def warn_and_check(train, strategy):
+    if FLAGS.batch_size > len(train):
+        raise ValueError(
+            f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
+            f"{len(train)} images of {train.name}."
+        )
+    if FLAGS.queue_size > len(train):
+        logging.warning(
+            "The queue (%d) is larger than the dataset (%d images): images will meet older keys "
+            "of themselves among their anchors.",
+            FLAGS.queue_size,
+            len(train),
+        )
+
+
+def open_workdir():
+    workdir = pathlib.Path(FLAGS.workdir)
+    mine = FLAGS.get_flags_for_module(sys.argv[0])
+    path = workdir / "run.flags"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        flagfiles.require_same(path, [flag for flag in mine if flag.name not in NOT_RECIPE])
+        flagfiles.write(path, mine)
+        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+        (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"--workdir must be a folder that can be written. Received: {FLAGS.workdir} ({error})."
+        ) from error
+    return workdir
+
+
+def build_model(strategy, steps_per_epoch):
+    synchronized = FLAGS.batch_norm == "synchronized"
+    with strategy.scope():
+        encoder = isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized)
+        model = isd_tf.ISD(
+            encoder,
+            *encoders.HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized),
+            queue_size=FLAGS.queue_size,
+            teacher_temperature=FLAGS.teacher_temperature,
+            student_temperature=FLAGS.student_temperature,
+            teacher_momentum=FLAGS.teacher_momentum,
+            shuffle_batch_norm=not synchronized,
+            seed=FLAGS.seed,
+        )
+        if FLAGS.learning_rate_schedule == "cosine":
+            rate = isd_tf.CosineByEpoch(FLAGS.learning_rate, FLAGS.epochs, steps_per_epoch)
+        else:
+            rate = isd_tf.DropsByEpoch(
+                FLAGS.learning_rate, FLAGS.drop_epochs, FLAGS.drop_factor, steps_per_epoch
+            )
+        model.compile(isd_tf.TorchSGD(rate, FLAGS.sgd_momentum, FLAGS.weight_decay))
+    return model
+
+
+def pretrain(model, checkpoints, first_step, train, test, workdir):
+    steps_per_epoch = len(train) // FLAGS.batch_size
+    if first_step >= FLAGS.epochs * steps_per_epoch:
+        say("The pretraining is complete.")
+        return {}
+    unreadable = Unreadable(len(train), FLAGS.max_unreadable)
+
+    def batches_from(step):
+        return isd_tf.pretraining_batches(
+            train,
+            tuple(FLAGS.views.split("/")),
+            FLAGS.image_size,
+            FLAGS.batch_size,
+            FLAGS.seed,
+            step,
+            unreadable,
+        )
+
+    history = keras.callbacks.History()
+    callbacks = [
+        monitoring.Throughput(FLAGS.batch_size),
+        checkpointing.StopAtNonFiniteLoss(checkpoints),
+        checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
+        monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
+        history,
+    ]
+    if FLAGS.knn_every_epochs and can_score(train, test):
+        bank, queries = evaluation_data(train, test)
+        callbacks.insert(1, knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs))
+    start = time.monotonic()
+    try:
+        checkpointing.fit_from_step(
+            model,
+            batches_from,
+            first_step,
+            steps_per_epoch,
+            FLAGS.epochs,
+            callbacks=callbacks,
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
+    except tf.errors.OpError:
+        unreadable.check()  # Says in one sentence what the input pipeline died of, if of this.
+        raise
+    results = {name: float(values[-1]) for name, values in history.history.items()}
+    results["pretrain_seconds"] = time.monotonic() - start
+    results["unreadable_images"] = len(unreadable.names)
+    return results
+
+
+def evaluate(model, train, test):
+    if not can_score(train, test):
+        problem = (
+            "The evaluation needs labelled training images and a labelled test split; "
+            f"{train.name} {'has no test split' if test is None else 'has no labels'}."
+        )
+        if FLAGS.stages == ["evaluate"]:
+            raise ValueError(f"{problem} Name one by --test_split, or drop the stage.")
+        say(f"{problem} Not evaluated.")
+        return {}
+    keras.utils.set_random_seed(FLAGS.seed)  # As when the student was built.
+    contestants = {
+        "raw_pixels": knn.raw_pixels,
+        "untrained": isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width),
+        "student": model.student_encoder,
+        "teacher": model.teacher_encoder,
+    }
+    scores = isd_tf.knn_accuracy(contestants, *evaluation_data(train, test))
+    say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(train)}:")
+    say(f"{'':20}{'1-NN':>8}{'20-NN':>8}")
+    for name in contestants:
+        one, twenty = scores[f"{name}_1nn"], scores[f"{name}_20nn"]
+        say(f"{name.replace('_', ' '):20}{one:>8.1%}{twenty:>8.1%}")
+    say("")
+    return scores
+
+
+def can_score(train, test):
+    return test is not None and all(isd_tf.datasets.is_labelled(split) for split in (train, test))
+
+
+def evaluation_data(train, test):
+    return [
+        isd_tf.evaluation_batches(
+            split, FLAGS.image_size, EVALUATION_BATCH, Unreadable(len(split), FLAGS.max_unreadable)
+        )
+        for split in (train, test)
+    ]
+
+
+def write_results(workdir, results):
+    path = workdir / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text()) | results
+    unfinished = workdir / "results.json.unfinished"
+    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    os.replace(unfinished, path)
+    say(f"Results: {path}")
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def readable_errors(argv):
+    """Ends usage errors in one sentence; --verbosity=1 shows where they came from."""
+    try:
+        main(argv)
+    except (ValueError, OSError, FloatingPointError) as error:
+        logging.debug("The error in full:", exc_info=True)
+        sys.exit(f"run.py: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        arguments = flagfiles.expand(sys.argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"run.py: {error}")
+    app.run(readable_errors, argv=arguments)

@@ -1,0 +1,402 @@
+"""Where images come from: TFDS, a folder, a list of files, or the embedded photo_patches.
+
+A dataset here is what the input pipeline needs to know and no more: how many images there are, how
+to reach them, and their labels if they have any. Order, decoding and views are not its concern.
+"""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+
+from isd_tf import photo_patches
+from isd_tf.decoding import IMAGE_SUFFIXES
+
+# TFDS splits of one image size that decode to less than this are held in memory.
+LARGEST_ARRAY_BYTES = 2**30
+DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayDataset:
+    """Images of one size in memory.
+
+    Attributes:
+        name: for messages.
+        images: uint8 [N, H, W, 3].
+        labels: int64 [N], or None.
+        class_names: of the labels.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self):
+        return len(self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileDataset:
+    """Image files of any size; attributes as in `ArrayDataset`, `paths` for images."""
+
+    name: str
+    paths: tuple[str, ...]
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self):
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordDataset:
+    """A TFDS split in TFRecord files, read as a stream.
+
+    Attributes:
+        name: for messages.
+        files, skips, takes: for each shard its path, and which of its records belong.
+        features: TFDS' description of a record.
+        image_key, label_key: features of a record; label_key may be None.
+        class_names: of the labels.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    skips: tuple[int, ...]
+    takes: tuple[int, ...]
+    features: tfds.features.FeaturesDict
+    image_key: str
+    label_key: str | None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self):
+        return sum(self.takes)
+
+    def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the encoded image and the label (-1 if there is none) of a record."""
+        wanted = {self.image_key: True} | ({self.label_key: True} if self.label_key else {})
+        example = self.features.deserialize_example(
+            record, decoders=tfds.decode.PartialDecoding(
+                wanted, decoders={self.image_key: tfds.decode.SkipDecoding()}
+            ),
+        )  # fmt: skip
+        label = tf.cast(example[self.label_key], tf.int64) if self.label_key else tf.constant(
+            -1, tf.int64
+        )  # fmt: skip
+        return example[self.image_key], label
+
+
+Dataset = ArrayDataset | FileDataset | RecordDataset
+
+
+def is_labelled(dataset: Dataset) -> bool:
+    """Whether every image has a label."""
+    if isinstance(dataset, RecordDataset):
+        return dataset.label_key is not None
+    return dataset.labels is not None
+
+
+def load(
+    name: str,
+    train_split: str = "train",
+    test_split: str | None = None,
+    data_dir: str | None = None,
+    image_list: str | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Opens the training images and, where there are some, the test images.
+
+    Args:
+        name: "photo_patches", "folder", "list", or a TFDS name such as "cifar10".
+        train_split: TFDS split or subfolder to pretrain on.
+        test_split: the same for testing; None takes the first of test, validation and val that
+            exists, or none.
+        data_dir: the folder of "folder"; what the paths of "list" are relative to (by default the
+            list's own folder); TFDS' data_dir (by default its own).
+        image_list: the file of "list".
+
+    Returns:
+        Training and test dataset; the test dataset is None where the source has none.
+
+    Raises:
+        ValueError: for an unknown name or split, or a source without images.
+        FileNotFoundError: for a folder, list or listed file that is missing.
+    """
+    if name == "photo_patches":
+        return tuple(
+            ArrayDataset(f"photo_patches/{split}", *photo_patches.make_patches(split),
+                         photo_patches.CLASS_NAMES)
+            for split in (train_split, test_split or "test")
+        )  # fmt: skip
+    if name == "folder":
+        return _load_folder(data_dir, train_split, test_split)
+    if name == "list":
+        return _load_list(image_list, data_dir), None
+    return _load_tfds(name, train_split, test_split, data_dir)
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def _load_folder(data_dir, train_split, test_split):
+    if not data_dir:
+        raise ValueError("dataset=folder needs the folder's path. Pass --data_dir=PATH.")
+    root = pathlib.Path(data_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"The image folder does not exist. Received: --data_dir={data_dir}. "
+            "Expected a folder with train/<class>/ inside, or with images at any depth."
+        )
+    if not (root / train_split).is_dir():
+        if test_split:
+            raise FileNotFoundError(
+                f"A folder with a test split {test_split!r} needs its training images in "
+                f"{train_split!r}. Received: {root}, which has no such subfolder."
+            )
+        return _scan_folder(root, labelled=False), None
+    train = _scan_folder(root / train_split, labelled=True)
+    if test_split is None:
+        found = [split for split in ("test", "validation", "val") if (root / split).is_dir()]
+        test_split = found[0] if found else None
+    if test_split is None:
+        return train, None
+    if not (root / test_split).is_dir():
+        raise FileNotFoundError(
+            f"The test folder {root / test_split} does not exist. Correct --test_split."
+        )
+    return train, _scan_folder(root / test_split, labelled=True, class_names=train.class_names)
+
+
+def _scan_folder(folder, labelled, class_names=None):
+    """Lists the images below a folder; its immediate subfolders are the classes, if any are."""
+    paths = []
+    for directory, subdirectories, files in os.walk(folder):
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        paths += [
+            os.path.join(directory, file)
+            for file in sorted(files)
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+        ]
+    if not paths:
+        raise ValueError(
+            f"Found no image below {folder}. Expected files that end in "
+            f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+        )
+    tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    if not labelled or any(len(parts) == 1 for parts in tops):
+        return FileDataset(str(folder), tuple(paths))
+    classes = [parts[0] for parts in tops]
+    names = class_names or tuple(sorted(set(classes)))
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise ValueError(
+            f"Every class of {folder} needs training images. Received classes without: "
+            f"{', '.join(unknown[:5])}. The training folder has {len(names)} classes, "
+            f"for example {', '.join(names[:3])}."
+        )
+    places = {name: place for place, name in enumerate(names)}
+    labels = np.array([places[name] for name in classes], np.int64)
+    return FileDataset(str(folder), tuple(paths), labels, names)
+
+
+def _load_list(image_list, data_dir):
+    if not image_list:
+        raise ValueError("dataset=list needs a file. Pass --image_list=PATH.")
+    if not os.path.isfile(image_list):
+        raise FileNotFoundError(f"The list does not exist. Received: --image_list={image_list}.")
+    root = data_dir or os.path.dirname(os.path.abspath(image_list))
+    with open(image_list, encoding="utf-8") as file:
+        lines = [line.rstrip("\r\n") for line in file]
+    entries, class_names = _parse_list(lines, image_list)
+    paths = [os.path.join(root, path) for path, _ in entries]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{image_list} names {len(missing)} files that do not exist, of {len(paths)}; the "
+            f"first is {missing[0]}. Paths are relative to {root}: correct the list or --data_dir."
+        )
+    labels = None
+    if class_names:
+        places = {name: place for place, name in enumerate(class_names)}
+        labels = np.array([places[name] for _, name in entries], np.int64)
+    return FileDataset(image_list, tuple(paths), labels, class_names)
+
+
+def _parse_list(lines, image_list):
+    """Reads (path, class name or None) a line, and the class names in order.
+
+    Two forms: a path a line, optionally a tab and a class name behind it; and the lists of ISD's
+    unbalanced study ("class names : ", the names, "Train Images: ", then "/train/<class>/<file>").
+    """
+    heads = [line.strip().lower().replace(" ", "").rstrip(":") for line in lines]
+    if "trainimages" in heads:
+        begin, end = heads.index("classnames") if "classnames" in heads else 0, heads.index(
+            "trainimages"
+        )  # fmt: skip
+        class_names = tuple(" ".join(lines[begin + 1 : end]).replace(",", " ").split())
+        # A leading slash means the root of ImageNet, not of the machine.
+        paths = [line.strip().lstrip("/") for line in lines[end + 1 :] if line.strip()]
+        entries = [(path, path.split("/")[-2] if "/" in path else None) for path in paths]
+        foreign = [path for path, name in entries if name not in class_names]
+        if foreign:
+            raise ValueError(
+                f"{image_list} lists images outside the classes that it names, for example "
+                f"{foreign[0]}. Expected /train/<class>/<file> with one of {len(class_names)} "
+                "classes."
+            )
+    else:
+        cells = [line.split("\t") for line in lines if line.strip()]
+        labelled = [len(cell) > 1 for cell in cells]
+        if any(labelled) and not all(labelled):
+            raise ValueError(
+                f"{image_list} has class names on {sum(labelled)} of {len(cells)} lines. Expected "
+                "a tab and a class name on every line, or on none."
+            )
+        entries = [(cell[0].strip(), cell[1].strip() if len(cell) > 1 else None) for cell in cells]
+        class_names = tuple(sorted({name for _, name in entries if name is not None}))
+    if not entries:
+        raise ValueError(f"{image_list} lists no image. Expected one path a line.")
+    return entries, class_names
+
+
+# -------------------------------------------------------------------------------------- TFDS
+
+
+def _load_tfds(name, train_split, test_split, data_dir):
+    known = ("photo_patches", "folder", "list")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        names = [*known, *tfds.list_builders(with_community_datasets=False)]
+        close = difflib.get_close_matches(name, names, n=5)
+        raise ValueError(
+            f"Unknown dataset. Received: {name!r}."
+            + (f" Did you mean {', '.join(close)}?" if close else "")
+            + f" Known are {', '.join(known)} and the {len(names) - len(known)} names of "
+            f"TensorFlow Datasets, from {names[len(known)]} to {names[-1]}."
+        ) from None
+    if not _is_prepared(builder):
+        _prepare(builder, data_dir)
+        builder = tfds.builder(name, data_dir=data_dir)
+
+    splits = list(builder.info.splits)
+    if test_split is None:
+        found = [split for split in ("test", "validation", "val") if split in splits]
+        # A test split without labels (ImageNet's) can only be predicted, not scored.
+        test_split = "validation" if name.startswith("imagenet2012") else (found or [None])[0]
+    datasets = []
+    for split in (train_split, test_split):
+        try:
+            datasets.append(_open_split(builder, split) if split else None)
+        except (KeyError, ValueError) as error:
+            if split.split("[")[0] in splits:
+                raise
+            raise ValueError(
+                f"{name} has the splits {', '.join(splits)}. Received: {split!r}."
+            ) from error
+    return tuple(datasets)
+
+
+def _is_prepared(builder):
+    return bool(builder.info.splits) and all(
+        os.path.exists(path) for split in builder.info.splits.values() for path in split.filepaths
+    )
+
+
+def _prepare(builder, data_dir):
+    if builder.name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        logging.info("Preparing fashion_mnist from Debian's package at %s.", DEBIAN_FASHION_MNIST)
+        with tfds.core.registered.skip_registration():
+            # The class name is the folder's name, so that the official builder finds the files.
+            local = type(type(builder).__name__, (_LocalFashionMNIST, type(builder)), {})
+        local(data_dir=data_dir).download_and_prepare()
+        return
+    logging.info("Preparing %s by TensorFlow Datasets in %s.", builder.name, builder.data_dir)
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # Whatever its downloads, extractors and checks raise.
+        raise FileNotFoundError(
+            f"The dataset {builder.name} is not prepared in {builder.data_dir}, and TensorFlow "
+            f"Datasets could not prepare it ({type(error).__name__}: {str(error)[:300]}). Prepare "
+            f"it once on a machine with access (`tfds build {builder.name}`), and pass its folder "
+            "as --data_dir."
+        ) from error
+
+
+class _LocalFashionMNIST:
+    """Mixed into TFDS' builder: reads the four files of Debian's dataset-fashion-mnist.
+
+    TFDS rejects their checksums, as Debian compressed the same bytes again.
+    """
+
+    def _split_generators(self, dl_manager):
+        def split(prefix, count):
+            images = DEBIAN_FASHION_MNIST / f"{prefix}-images-idx3-ubyte.gz"
+            labels = DEBIAN_FASHION_MNIST / f"{prefix}-labels-idx1-ubyte.gz"
+            return self._generate_examples(
+                count, dl_manager.extract(images), dl_manager.extract(labels)
+            )
+
+        return {"train": split("train", 60_000), "test": split("t10k", 10_000)}
+
+
+def _open_split(builder, split):
+    features = builder.info.features
+    image_key = next((k for k, f in features.items() if isinstance(f, tfds.features.Image)), None)
+    if image_key is None:
+        raise ValueError(
+            f"{builder.name} holds no images. Its features are: {', '.join(features)}."
+        )
+    label_key = next(
+        (k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)), None
+    )
+    if builder.info.supervised_keys and isinstance(
+        features.get(builder.info.supervised_keys[1]), tfds.features.ClassLabel
+    ):
+        label_key = builder.info.supervised_keys[1]
+    class_names = tuple(features[label_key].names) if label_key else ()
+
+    name = f"{builder.name}/{split}"
+    shape = features[image_key].shape
+    count = builder.info.splits[split].num_examples
+    if None not in shape and count * shape[0] * shape[1] * 3 <= LARGEST_ARRAY_BYTES:
+        return _read_into_memory(builder, split, name, image_key, label_key, class_names)
+
+    shards = builder.info.splits[split].file_instructions
+    if not all(".tfrecord" in shard.filename for shard in shards):
+        raise ValueError(
+            f"{name} is not stored as TFRecord files but as {shards[0].filename}. Prepare it "
+            "again with TFDS' default file format."
+        )
+    takes = tuple(
+        shard.take if shard.take >= 0 else shard.examples_in_shard - shard.skip for shard in shards
+    )
+    return RecordDataset(
+        name,
+        tuple(str(shard.filename) for shard in shards),
+        tuple(shard.skip for shard in shards),
+        takes,
+        features,
+        image_key,
+        label_key,
+        class_names,
+    )
+
+
+def _read_into_memory(builder, split, name, image_key, label_key, class_names):
+    examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+    images, labels = [], []
+    for example in examples:
+        images.append(example[image_key])
+        labels.append(example[label_key] if label_key else -1)
+    images = np.stack(images)
+    if images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)
+    labels = np.array(labels, np.int64) if label_key else None
+    return ArrayDataset(name, images, labels, class_names)

@@ -1,0 +1,139 @@
+"""Encoded images to pixels, and what happens to those that cannot be read.
+
+Decoding runs in TensorFlow's graph. Where it fails, Pillow has a second try (it reads a few rare
+forms that TensorFlow does not); what neither can read is replaced by the next candidate, counted
+and named in the log, so that no later batch shifts.
+"""
+
+import io
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+class Unreadable:
+    """The unreadable images of a dataset: counted once each, named in the log, limited.
+
+    Args:
+        total: images in the dataset.
+        limit: largest share of `total` that may be unreadable.
+    """
+
+    def __init__(self, total: int, limit: float):
+        self.total = total
+        self.limit = limit
+        self.names: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts and logs an unreadable image; raises ValueError when they are too many."""
+        with self._lock:
+            if name not in self.names:
+                self.names.add(name)
+                logging.warning("Unreadable image, replaced by the next one: %s (%s)", name, reason)
+        self.check()
+
+    @property
+    def too_many(self) -> bool:
+        return len(self.names) > self.limit * self.total
+
+    def check(self) -> None:
+        """Raises ValueError when more than the allowed share of the images is unreadable."""
+        if self.too_many:
+            some = ", ".join(sorted(self.names)[:3])
+            raise ValueError(
+                f"At most {self.limit:.1%} of the images may be unreadable. Received: "
+                f"{len(self.names)} of {self.total}, for example {some}. "
+                "Repair or remove them, or raise --max_unreadable."
+            )
+
+
+def decode_first_readable(
+    candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+    read: Callable[[tf.Tensor], tf.Tensor],
+    attempts: int,
+    unreadable: Unreadable,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes the first candidate that can be read.
+
+    Args:
+        candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
+        read: source to encoded bytes; may fail, as decoding may.
+        attempts: how many candidates there are.
+        unreadable: where failures are reported.
+
+    Returns:
+        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
+    """
+
+    def attempt(number):
+        source, name, label = candidate(number)
+        image = _decode_or_empty(source, read)
+        image = tf.cond(
+            tf.size(image) > 0,
+            lambda: image,
+            lambda: _decode_by_pillow(_bytes_or_empty(source, read), name, unreadable),
+        )
+        return number + 1, image, label
+
+    # The first attempt stands outside the loop: almost always it is the only one.
+    state = attempt(tf.constant(0, tf.int64))
+    _, image, label = tf.while_loop(
+        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
+        lambda number, image, label: attempt(number),
+        state,
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
+    )
+    return image, label
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes JPEG, PNG, WebP, BMP or GIF (first frame) to uint8 [H, W, 3]; may fail."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _decode_or_empty(source, read):
+    return _or_else(source, lambda source: decode(read(source)), tf.zeros([0, 0, 3], tf.uint8))
+
+
+def _bytes_or_empty(source, read):
+    return _or_else(source, read, tf.constant(b""))
+
+
+def _or_else(source, function, default):
+    """Returns function(source), or `default` where it fails.
+
+    A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
+    """
+    result = tf.data.Dataset.from_tensors(source).map(function).ignore_errors()
+    default = tf.data.Dataset.from_tensors(default)
+    return result.concatenate(default).take(1).get_single_element()
+
+
+def _decode_by_pillow(encoded, name, unreadable):
+    def decode_or_report(encoded, name):
+        try:
+            return pillow_decode(encoded)
+        except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
+            unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
+            return np.zeros([0, 0, 3], np.uint8)
+
+    image = tf.numpy_function(decode_or_report, [encoded, name], tf.uint8, stateful=True)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def pillow_decode(encoded: bytes) -> np.ndarray:
+    """Decodes an image by Pillow to uint8 [H, W, 3]; raises what Pillow raises."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion of 16 bits clips at 255 instead of scaling.
+            gray = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(gray[..., np.newaxis], 3, axis=2)
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,227 @@
+"""From a dataset to batches: order, decoding, views.
+
+The order of the images and both views of each are a pure function of (seed, step): nothing is
+shuffled by state, so a run continued at any step sees what the uninterrupted run would have seen,
+and the number of replicas changes nothing. For arrays and files this holds image by image; for
+streams of TFRecord files it holds as long as the shards and STREAM_* constants stay the same.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from isd_tf import augment
+from isd_tf.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
+from isd_tf.decoding import Unreadable, decode_first_readable
+
+# Shards read side by side, and undecoded records among which a stream is shuffled.
+STREAM_SHARDS = 16
+STREAM_BUFFER = 8192
+# An unreadable record of a stream gives way to the readable one among so many that follow.
+STREAM_CANDIDATES = 4
+# A batch of 256 pairs of 224x224 views takes 308 MB, so few are kept ready.
+PREFETCHED_BATCHES = 2
+
+
+def pretraining_batches(
+    dataset: Dataset,
+    views: tuple[str, str],
+    image_size: int,
+    global_batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    unreadable: Unreadable | None = None,
+) -> tf.data.Dataset:
+    """Makes the endless stream of global batches from `first_step` on.
+
+    An epoch is a permutation of the images by (seed, epoch), its remainder dropped. Every image is
+    decoded once and seen twice, through the teacher's and the student's recipe.
+
+    Args:
+        dataset: what to read.
+        views: recipes of the teacher and of the student, each "weak" or "strong".
+        image_size: side S of the views in pixels.
+        global_batch_size: B, over all replicas.
+        seed: of order and views.
+        first_step: optimizer step, counted from 0, of the first batch.
+        unreadable: counts images that cannot be read; by default none is tolerated.
+
+    Returns:
+        Dicts of "teacher_view" and "student_view", float32 [B, S, S, 3] normalised, and, if the
+        dataset has labels, "label", int64 [B].
+
+    Raises:
+        ValueError: for an unknown recipe, or a batch larger than the dataset.
+    """
+    for recipe in views:
+        if recipe not in augment.RECIPES:
+            raise ValueError(
+                f"Unknown view. Expected one of {', '.join(augment.RECIPES)} for the teacher and "
+                f"for the student. Received: {'/'.join(views)}."
+            )
+    if not 1 <= global_batch_size <= len(dataset):
+        raise ValueError(
+            f"A batch must have at least 1 image and at most the dataset's {len(dataset)}. "
+            f"Received: global_batch_size={global_batch_size}. Lower --batch_size."
+        )
+    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    read = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
+    images = read[type(dataset)](dataset, global_batch_size, seed, first_step, unreadable)
+    chunk = global_batch_size if isinstance(dataset, ArrayDataset) else 1
+
+    def two_views(first_place, chunk_of_images):
+        images, labels = chunk_of_images  # [n, H, W, 3], [n]
+        places = first_place + tf.range(tf.shape(images, out_type=tf.int64)[0])
+        batch = {"label": labels} if is_labelled(dataset) else {}
+        for view, (name, recipe) in enumerate(zip(("teacher", "student"), views, strict=True)):
+            seeds = tf.stack([tf.zeros_like(places) + 2 * seed + view, places], axis=1)
+            batch[f"{name}_view"] = augment.RECIPES[recipe](images, seeds, image_size)
+        return batch
+
+    # Places count images over the whole training, so that no two views share a seed.
+    places = tf.data.Dataset.range(first_step * global_batch_size, tf.int64.max, chunk)
+    batches = tf.data.Dataset.zip(places, images).map(two_views, tf.data.AUTOTUNE)
+    batches = batches.rebatch(global_batch_size, drop_remainder=True)
+    options = tf.data.Options()
+    options.deterministic = True
+    return batches.with_options(options).prefetch(PREFETCHED_BATCHES)
+
+
+def evaluation_batches(
+    dataset: Dataset, image_size: int, batch_size: int, unreadable: Unreadable | None = None
+) -> tf.data.Dataset:
+    """Makes the batches of one pass over a dataset in its own order.
+
+    Args:
+        dataset: what to read.
+        image_size: side S of the views in pixels.
+        batch_size: images in a batch; the last may have fewer.
+        unreadable: counts images that cannot be read, which are left out.
+
+    Returns:
+        Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
+    """
+    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+
+    def decode_one(source, read, name, label):
+        candidate = lambda attempt: (source, name, label)  # noqa: E731
+        return decode_first_readable(candidate, read, 1, unreadable)
+
+    if isinstance(dataset, ArrayDataset):
+        images = tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset)))
+        images = images.batch(batch_size)
+    else:
+        if isinstance(dataset, FileDataset):
+            files = tf.data.Dataset.from_tensor_slices((list(dataset.paths), _labels(dataset)))
+            images = files.map(
+                lambda path, label: decode_one(path, tf.io.read_file, path, label),
+                tf.data.AUTOTUNE,
+            )
+        else:
+            shards = (list(dataset.files), list(dataset.skips), list(dataset.takes))
+            records = tf.data.Dataset.from_tensor_slices(shards).flat_map(_shard_records)
+
+            def decode_record(place, record):
+                encoded, label = dataset.parse(record)
+                name = tf.strings.format(f"{dataset.name}, record {{}}", place)
+                return decode_one(encoded, tf.identity, name, label)
+
+            images = records.enumerate().map(decode_record, tf.data.AUTOTUNE)
+        images = images.filter(lambda image, label: tf.size(image) > 0).batch(1)
+
+    views = images.map(
+        lambda images, labels: (augment.evaluation_view(images, image_size), labels),
+        tf.data.AUTOTUNE,
+    )
+    return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+
+
+def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Returns which images stand at `places` (int64, below `count`) of an epoch's permutation."""
+    key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
+    return tf.random.experimental.index_shuffle(places, key, count - 1)
+
+
+# ---------------------------------------------------------------- images in the order of training
+# Each returns an endless dataset of (images [n, H, W, 3], labels [n]) from `first_step` on.
+
+
+def _array_batches(dataset, global_batch_size, seed, first_step, unreadable):
+    del unreadable  # Arrays are decoded.
+    all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
+    steps_per_epoch = len(dataset) // global_batch_size
+
+    def gather_batch(step):
+        first = step % steps_per_epoch * global_batch_size
+        places = first + tf.range(global_batch_size, dtype=tf.int64)
+        rows = permuted(places, step // steps_per_epoch, len(dataset), seed)
+        return tf.gather(all_images, rows), tf.gather(all_labels, rows)
+
+    return tf.data.Dataset.counter(first_step).map(gather_batch, tf.data.AUTOTUNE)
+
+
+def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
+    paths, labels = tf.constant(dataset.paths), tf.constant(_labels(dataset))
+    images_per_epoch = len(dataset) // global_batch_size * global_batch_size
+
+    def decode_image(place):
+        epoch, place_in_epoch = place // images_per_epoch, place % images_per_epoch
+
+        def candidate(attempt):
+            # What cannot be read gives way to the next image in the epoch's order.
+            next_place = (place_in_epoch + attempt) % len(dataset)
+            row = permuted(next_place, epoch, len(dataset), seed)
+            return paths[row], paths[row], labels[row]
+
+        image, label = decode_first_readable(
+            candidate, tf.io.read_file, len(dataset), unreadable
+        )
+        return image[tf.newaxis], label[tf.newaxis]
+
+    first_place = first_step * global_batch_size
+    return tf.data.Dataset.counter(first_place).map(decode_image, tf.data.AUTOTUNE)
+
+
+def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
+    images_per_epoch = len(dataset) // global_batch_size * global_batch_size
+    first_epoch, skipped = divmod(first_step * global_batch_size, images_per_epoch)
+    files, skips, takes = (
+        tf.constant(values) for values in (dataset.files, dataset.skips, dataset.takes)
+    )
+
+    def epoch_of_records(epoch):
+        key = tf.stack([tf.constant(seed, tf.int64), epoch])
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
+        shards = tuple(tf.gather(values, order) for values in (files, skips, takes))
+        records = tf.data.Dataset.from_tensor_slices(shards).interleave(
+            _shard_records, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
+        )
+        # One key a (seed, epoch): a training has fewer than a million epochs.
+        records = records.shuffle(
+            STREAM_BUFFER, seed=seed * 1_000_000 + epoch, reshuffle_each_iteration=False
+        )
+        # Each record with those that would replace it.
+        windows = records.window(STREAM_CANDIDATES, shift=1)
+        windows = windows.flat_map(lambda window: window.batch(STREAM_CANDIDATES))
+        return windows.enumerate().take(images_per_epoch)
+
+    def decode_record(place, window):
+        def candidate(attempt):
+            encoded, label = dataset.parse(window[attempt])
+            name = tf.strings.format(f"{dataset.name}, shuffled record {{}}", place + attempt)
+            return encoded, name, label
+
+        attempts = tf.size(window, out_type=tf.int64)
+        image, label = decode_first_readable(candidate, tf.identity, attempts, unreadable)
+        return image[tf.newaxis], label[tf.newaxis]
+
+    windows = tf.data.Dataset.counter(first_epoch).flat_map(epoch_of_records).skip(skipped)
+    return windows.map(decode_record, tf.data.AUTOTUNE)
+
+
+def _shard_records(file, skip, take):
+    take, skip = tf.cast(take, tf.int64), tf.cast(skip, tf.int64)
+    return tf.data.TFRecordDataset(file).skip(skip).take(take)
+
+
+def _labels(dataset):
+    return np.full(len(dataset), -1, np.int64) if dataset.labels is None else dataset.labels

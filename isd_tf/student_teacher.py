@@ -1,0 +1,143 @@
+"""The pair: a student that learns by gradients and a teacher that follows as its average.
+
+This file owns who moves how, what is trained and what is saved. It knows no loss and no queue.
+"""
+
+import keras
+import tensorflow as tf
+
+from isd_tf import distribution
+
+
+class StudentTeacher(keras.Model):
+    """A student, and a teacher that is the moving average of its weights.
+
+    The teacher starts as a copy. Its weights are averaged, its BatchNorm statistics are not: they
+    are its own, gathered from the views that it sees. Only the student, with its predictor, is
+    trainable. In BYOL's words the student is the online network and the teacher the target; in
+    MoCo's, query and key encoder.
+
+    Args:
+        encoder: images [B, S, S, 3] to features [B, C]; becomes the student.
+        projector: features to [B, D], on both sides; or None.
+        predictor: [B, D] to [B, D], on the student's side; or None.
+        teacher_momentum: weight m in [0, 1] of the teacher's past: teacher <- m * teacher +
+            (1 - m) * student.
+        shuffle_batch_norm: whether the teacher sees its images shuffled across replicas. Of no
+            effect on one replica, and pointless with synchronised BatchNorm.
+        seed: of those permutations, together with the step.
+
+    Raises:
+        ValueError: if teacher_momentum is outside [0, 1].
+
+    Source: paper section 3.1; UMBCvision/ISD train_isd.py:98-212.
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        projector: keras.Model | None,
+        predictor: keras.Model | None,
+        teacher_momentum: float,
+        shuffle_batch_norm: bool = True,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not 0 <= teacher_momentum <= 1:
+            raise ValueError(
+                "teacher_momentum must be in [0, 1]: the share of its past that the teacher keeps "
+                f"each step. Received: {teacher_momentum}."
+            )
+        self.teacher_momentum = teacher_momentum
+        self.shuffle_batch_norm = shuffle_batch_norm
+        self.seed = seed
+
+        self.student_encoder = encoder
+        self.student_projector = projector
+        self.predictor = predictor
+        self.teacher_encoder = _frozen_copy(encoder)
+        self.teacher_projector = _frozen_copy(projector) if projector else None
+        self.built = True
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length D of the embeddings that student and teacher are compared by."""
+        return (self.student_projector or self.student_encoder).output_shape[-1]
+
+    def compile(self, optimizer, jit_compile=False, **kwargs):
+        """Keras' compile; builds the optimizer, so that a checkpoint finds all its variables."""
+        super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+        self.optimizer.build(self.trainable_variables)
+
+    def call(self, images, training=False):
+        """Features [B, C] of the student's encoder for normalised images [B, S, S, 3]."""
+        return self.student_encoder(images, training=training)
+
+    def embed_student(self, views: tf.Tensor) -> tf.Tensor:
+        """Returns the student's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows."""
+        x = self.student_encoder(views, training=True)
+        if self.student_projector:
+            x = self.student_projector(x, training=True)
+        if self.predictor:
+            x = self.predictor(x, training=True)
+        return self._unit_rows(x)
+
+    def embed_teacher(self, views: tf.Tensor) -> tf.Tensor:
+        """Returns the teacher's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows.
+
+        In training mode, so that student and teacher both normalise by batch statistics.
+        """
+
+        def embed(views):
+            x = self.teacher_encoder(views, training=True)
+            return self.teacher_projector(x, training=True) if self.teacher_projector else x
+
+        if self.shuffle_batch_norm:
+            step = tf.cast(self.optimizer.iterations.value, tf.int64)
+            x = distribution.call_shuffled(embed, views, tf.stack([self.seed, step]))
+        else:
+            x = embed(views)
+        return tf.stop_gradient(self._unit_rows(x))
+
+    def update_student(self, tape: tf.GradientTape, loss: tf.Tensor) -> None:
+        """Takes one optimizer step on the mean `loss` (a scalar) of this replica's examples."""
+        with tape:
+            # The optimizer adds the replicas' gradients; the batch's mean wants their average.
+            scaled = self.optimizer.scale_loss(loss / distribution.number_of_replicas())
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+
+    def update_teacher(self) -> None:
+        """Moves the teacher's weights towards the student's.
+
+        Right after the student's step, where the reference moves the teacher at the start of the
+        next one (train_isd.py:183): the same sequence, as teacher and student start equal, and a
+        checkpoint holds the teacher that the next step uses.
+        """
+        for teacher, student in self._followed_pairs():
+            momentum = tf.cast(self.teacher_momentum, teacher.dtype)
+            teacher.assign(momentum * teacher + (1 - momentum) * student)
+
+    def _followed_pairs(self):
+        pairs = [(self.teacher_encoder, self.student_encoder)]
+        if self.student_projector:
+            pairs.append((self.teacher_projector, self.student_projector))
+        for teacher, student in pairs:
+            for theirs, ours in zip(teacher.weights, student.weights, strict=True):
+                # BatchNorm's moving statistics are not trainable, and stay each network's own.
+                if ours.trainable:
+                    yield theirs, ours
+
+    def _unit_rows(self, x):
+        # In the variables' precision, also where mixed precision computes in half of it.
+        return tf.math.l2_normalize(tf.cast(x, self.variable_dtype), axis=1)
+
+
+def _frozen_copy(network: keras.Model) -> keras.Model:
+    copy = keras.models.clone_model(network)
+    copy.set_weights(network.get_weights())
+    # Variable by variable: `copy.trainable = False` would put BatchNorm into inference mode.
+    for variable in copy.weights:
+        variable.trainable = False
+    return copy

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from isd_tf import distribution
+
+VALUES = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+
+def on_replicas(strategy, function):
+    """Runs function(rows of this replica) on each, and returns their results."""
+
+    def rows_of(context):
+        i = context.replica_id_in_sync_group
+        return tf.constant(VALUES[4 * i : 4 * i + 4])
+
+    rows = strategy.experimental_distribute_values_from_function(rows_of)
+    result = tf.function(lambda: strategy.run(function, args=(rows,)))()
+    return [value.numpy() for value in strategy.experimental_local_results(result)]
+
+
+def test_gather_gives_every_replica_the_global_batch_in_order(two_replicas):
+    for gathered in on_replicas(two_replicas, distribution.gather_across_replicas):
+        np.testing.assert_array_equal(gathered, VALUES)
+
+
+def test_shuffled_call_normalises_over_shuffled_groups_and_restores_the_order(two_replicas):
+    def centre(rows):
+        return rows - tf.reduce_mean(rows, axis=0)
+
+    results = on_replicas(
+        two_replicas, lambda rows: distribution.call_shuffled(centre, rows, tf.constant([7, 3]))
+    )
+
+    order = tf.random.experimental.stateless_shuffle(tf.range(8), [7, 3]).numpy()
+    expected = np.empty_like(VALUES)
+    for group in (order[:4], order[4:]):
+        expected[group] = VALUES[group] - VALUES[group].mean(axis=0)
+    np.testing.assert_allclose(np.concatenate(results), expected, atol=1e-6)
+    assert sorted(order[:4]) != [0, 1, 2, 3]  # The groups are mixed, or this test shows nothing.
+
+
+def test_permutation_depends_on_the_seed(two_replicas):
+    def first_row_of_group(rows):
+        return tf.repeat(rows[:1], 4, axis=0)
+
+    seen = {
+        np.concatenate(
+            on_replicas(
+                two_replicas,
+                lambda rows, step=step: distribution.call_shuffled(
+                    first_row_of_group, rows, tf.constant([0, step])
+                ),
+            )
+        ).tobytes()
+        for step in range(4)
+    }
+    assert len(seen) > 1
+
+
+def test_one_replica_calls_without_shuffling():
+    result = distribution.call_shuffled(tf.identity, tf.constant(VALUES), tf.constant([0, 0]))
+    np.testing.assert_array_equal(result, VALUES)
+
+
+def test_strategies_by_name():
+    assert distribution.choose_strategy("one").num_replicas_in_sync == 1
+    assert distribution.choose_strategy("auto").num_replicas_in_sync == 1  # No GPU here.
+    assert distribution.choose_strategy("mirrored").num_replicas_in_sync == 2
+    with pytest.raises(ValueError, match="auto, one, mirrored.*'tpu'"):
+        distribution.choose_strategy("tpu")

@@ -1,0 +1,178 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import isd_tf
+from isd_tf import encoders
+
+B, K, D, INPUTS = 4, 10, 3, 6
+
+
+def linear_encoder():
+    layer = keras.layers.Dense(D, use_bias=False)
+    return keras.Sequential([keras.Input((INPUTS,)), layer])
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def test_steps_equal_a_numpy_implementation_of_the_paper(float64):
+    """Linear student, six steps: loss, student, teacher and queue, with a queue that wraps."""
+    model = isd_tf.ISD(linear_encoder(), None, None, K, 0.05, 0.1, teacher_momentum=0.9)
+    model.compile(isd_tf.TorchSGD(0.5, sgd_momentum=0.0, coupled_weight_decay=0.0))
+    student = model.student_encoder.get_weights()[0]
+    teacher, queue, pointer = student.copy(), model.queue.read_anchors().numpy(), 0
+    step = tf.function(model.train_step)
+
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        x_teacher, x_student = random.normal(size=(2, B, INPUTS))
+        logs = step({"teacher_view": tf.constant(x_teacher), "student_view": tf.constant(x_student)})
+
+        z = x_student @ student
+        u, k = unit(z), unit(x_teacher @ teacher)
+        p, q = softmax(k @ queue.T / 0.05), softmax(u @ queue.T / 0.1)
+        loss = (p * np.log(p / q)).sum(axis=1).mean()
+        g = (q - p) @ queue / 0.1 / B
+        g = (g - u * (u * g).sum(1, keepdims=True)) / np.linalg.norm(z, axis=1, keepdims=True)
+        student = student - 0.5 * x_student.T @ g
+        teacher = 0.9 * teacher + 0.1 * student
+        for row in k:
+            queue[pointer] = row
+            pointer = (pointer + 1) % K
+
+        np.testing.assert_allclose(logs["loss"], loss, rtol=1e-10)
+        np.testing.assert_allclose(model.student_encoder.get_weights()[0], student, rtol=1e-10)
+        np.testing.assert_allclose(model.teacher_encoder.get_weights()[0], teacher, rtol=1e-10)
+        np.testing.assert_allclose(model.queue.read_anchors(), queue, rtol=1e-10)
+        assert int(model.queue.pointer) == pointer
+        np.testing.assert_allclose(logs["teacher_entropy"], -(p * np.log(p)).sum(1).mean())
+        np.testing.assert_allclose(logs["student_entropy"], -(q * np.log(q)).sum(1).mean())
+        np.testing.assert_allclose(logs["embedding_std"], k.std(0).mean() * np.sqrt(D))
+        np.testing.assert_allclose(logs["learning_rate"], 0.5)
+
+
+def test_purity_is_the_share_of_the_nearest_labels_before_the_batch_enters():
+    model = isd_tf.ISD(linear_encoder(), None, None, K, 0.05, 0.1)
+    model.compile(isd_tf.TorchSGD(0.0))
+    random = np.random.default_rng(0)
+    anchors, anchor_labels = model.queue.read_anchors().numpy(), np.full(K, -1)
+    for _ in range(4):
+        views = random.normal(size=(B, INPUTS)).astype(np.float32)
+        labels = random.integers(-1, 2, size=B)
+        keys = unit(views @ model.teacher_encoder.get_weights()[0])
+        nearest = np.argsort(-(keys @ anchors.T), axis=1)[:, :5]
+        matches = (anchor_labels[nearest] == labels[:, None]) & (labels[:, None] >= 0)
+        logs = model.train_step(
+            {
+                "teacher_view": tf.constant(views),
+                "student_view": tf.constant(views),
+                "label": tf.constant(labels),
+            }
+        )
+        assert float(logs["purity"]) == pytest.approx(matches.mean())
+        anchors, anchor_labels = model.queue.read_anchors().numpy(), model.queue.labels.numpy()
+
+
+def test_collapsed_embeddings_have_no_deviation():
+    model = isd_tf.ISD(linear_encoder(), None, None, K)
+    model.compile(isd_tf.TorchSGD(0.1))
+    same = tf.ones([B, INPUTS])
+    logs = model.train_step({"teacher_view": same, "student_view": same})
+    assert float(logs["embedding_std"]) == pytest.approx(0, abs=1e-6)
+
+
+def image_batches(steps, batch=8, size=16, labels=True):
+    random = np.random.default_rng(0)
+    data = {
+        name: random.normal(size=(steps * batch, size, size, 3)).astype(np.float32)
+        for name in ("teacher_view", "student_view")
+    }
+    if labels:
+        data["label"] = random.integers(0, 3, size=steps * batch)
+    return tf.data.Dataset.from_tensor_slices(data).batch(batch, drop_remainder=True)
+
+
+def resnet_isd(strategy, synchronized, shuffled=False, heads=encoders.isd_plus_heads):
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        encoder = isd_tf.build_encoder("tiny_resnet", 16, 4, synchronized)
+        model = isd_tf.ISD(
+            encoder, *heads(16, synchronized), 37, 0.05, 0.1, 0.9, shuffle_batch_norm=shuffled
+        )
+        rate = isd_tf.CosineByEpoch(0.05, 2, 10)
+        model.compile(isd_tf.TorchSGD(rate))
+    return model
+
+
+@pytest.mark.parametrize("heads", [encoders.isd_heads, encoders.isd_plus_heads])
+def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replicas, heads):
+    one = resnet_isd(tf.distribute.get_strategy(), synchronized=True, heads=heads)
+    two = resnet_isd(two_replicas, synchronized=True, heads=heads)
+    for ours, theirs in zip(one.variables, two.variables, strict=True):
+        theirs.assign(ours)
+
+    batches = image_batches(20)
+    losses = [
+        model.fit(batches.repeat(), epochs=20, steps_per_epoch=1, verbose=0).history["loss"]
+        for model in (one, two)
+    ]
+
+    np.testing.assert_allclose(*losses, rtol=1e-10)
+    for ours, theirs in zip(one.variables, two.variables, strict=True):
+        np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-10, err_msg=ours.path)
+    assert int(two.queue.pointer) == 20 * 8 % 37
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_replicas_hold_the_same_student_teacher_and_queue(two_replicas, shuffled):
+    model = resnet_isd(two_replicas, synchronized=False, shuffled=shuffled)
+    model.fit(image_batches(4), verbose=0)
+    for variable in model.variables:
+        if "moving_" in variable.path or "seed" in variable.path:
+            continue  # Statistics are each replica's own.
+        first, second = two_replicas.experimental_local_results(variable.value)
+        np.testing.assert_array_equal(first, second, err_msg=variable.path)
+
+
+def test_shuffled_teacher_differs_from_the_unshuffled_only_by_its_statistics(two_replicas):
+    losses = {}
+    for shuffled in (False, True):
+        model = resnet_isd(two_replicas, synchronized=False, shuffled=shuffled)
+        losses[shuffled] = model.fit(image_batches(2), verbose=0).history["loss"][-1]
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.3)
+
+
+def test_training_lowers_the_loss_and_needs_no_labels():
+    model = resnet_isd(tf.distribute.get_strategy(), synchronized=False)
+    batches = image_batches(4, labels=False).cache().repeat()
+    history = model.fit(batches, epochs=10, steps_per_epoch=4, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert "purity" not in history
+
+
+def test_features_are_those_of_the_student():
+    model = resnet_isd(tf.distribute.get_strategy(), synchronized=False)
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(model(images), model.student_encoder(images, training=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(teacher_temperature=0.0), "teacher_temperature must be greater than 0.*0.0"),
+        (dict(student_temperature=-1.0), "student_temperature must be greater than 0.*-1.0"),
+        (dict(teacher_momentum=1.5), r"teacher_momentum must be in \[0, 1\].*1.5"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        isd_tf.ISD(linear_encoder(), None, None, K, **arguments)
