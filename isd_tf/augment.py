@@ -386,7 +386,7 @@ class _SeededAugmentation(keras_cv.layers.VectorizedBaseImageAugmentationLayer):
     """
 
     def __init__(self, value_range=(0, 255), seed=None, **kwargs):
-        super().__init__(seed=seed, dtype="float32", **kwargs)
+        super().__init__(seed=seed, **{"dtype": "float32", **kwargs})
         self.value_range = value_range
         self.seed = seed
 

@@ -62,7 +62,7 @@ class RecordDataset:
     Attributes:
         name: for messages.
         files, skips, takes: for each shard its path, and which of its records belong.
-        features: TFDS' description of a record.
+        features: TFDS' description of what is wanted of a record.
         image_key, label_key: features of a record; label_key may be None.
         class_names: of the labels.
     """
@@ -81,16 +81,10 @@ class RecordDataset:
 
     def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the encoded image and the label (-1 if there is none) of a record."""
-        wanted = {self.image_key: True} | ({self.label_key: True} if self.label_key else {})
-        example = self.features.deserialize_example(
-            record, decoders=tfds.decode.PartialDecoding(
-                wanted, decoders={self.image_key: tfds.decode.SkipDecoding()}
-            ),
-        )  # fmt: skip
-        label = tf.cast(example[self.label_key], tf.int64) if self.label_key else tf.constant(
-            -1, tf.int64
-        )  # fmt: skip
-        return example[self.image_key], label
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        example = self.features.deserialize_example(record, decoders=decoders)
+        label = example[self.label_key] if self.label_key else -1
+        return example[self.image_key], tf.cast(label, tf.int64)
 
 
 Dataset = ArrayDataset | FileDataset | RecordDataset
@@ -353,13 +347,9 @@ def _open_split(builder, split):
         raise ValueError(
             f"{builder.name} holds no images. Its features are: {', '.join(features)}."
         )
-    label_key = next(
-        (k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)), None
-    )
-    if builder.info.supervised_keys and isinstance(
-        features.get(builder.info.supervised_keys[1]), tfds.features.ClassLabel
-    ):
-        label_key = builder.info.supervised_keys[1]
+    labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    supervised = builder.info.supervised_keys or (None, None)
+    label_key = supervised[1] if supervised[1] in labels else (labels or [None])[0]
     class_names = tuple(features[label_key].names) if label_key else ()
 
     name = f"{builder.name}/{split}"
@@ -382,7 +372,7 @@ def _open_split(builder, split):
         tuple(str(shard.filename) for shard in shards),
         tuple(shard.skip for shard in shards),
         takes,
-        features,
+        tfds.features.FeaturesDict({k: features[k] for k in (image_key, label_key) if k}),
         image_key,
         label_key,
         class_names,

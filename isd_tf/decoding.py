@@ -95,7 +95,12 @@ def decode_first_readable(
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes JPEG, PNG, WebP, BMP or GIF (first frame) to uint8 [H, W, 3]; may fail."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    image = tf.cond(
+        tf.io.is_jpeg(encoded),
+        # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
     return tf.ensure_shape(image, [None, None, 3])
 
 

@@ -184,7 +184,8 @@ HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads}
 def _two_layer_perceptron(inputs, hidden, outputs, first_bias, synchronized, name):
     return keras.Sequential(
         [
-            keras.Input((inputs,)),
+            # Keras would round features to float32 where more precision is asked for.
+            keras.Input((inputs,), dtype=keras.config.dtype_policy().compute_dtype),
             _torch_dense(inputs, hidden, first_bias, "linear1"),
             batch_norm(synchronized, "bn"),
             layers.ReLU(name="relu"),

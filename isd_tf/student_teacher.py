@@ -116,7 +116,7 @@ class StudentTeacher(keras.Model):
         checkpoint holds the teacher that the next step uses.
         """
         for teacher, student in self._followed_pairs():
-            momentum = tf.cast(self.teacher_momentum, teacher.dtype)
+            momentum = tf.constant(self.teacher_momentum, teacher.dtype)
             teacher.assign(momentum * teacher + (1 - momentum) * student)
 
     def _followed_pairs(self):

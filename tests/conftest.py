@@ -23,6 +23,7 @@ def float64():
     keras.config.set_dtype_policy(before)
 
 
-@pytest.fixture
+# One for all tests: TensorFlow's collectives on CPUs mix up the strategies of one process.
+@pytest.fixture(scope="session")
 def two_replicas():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

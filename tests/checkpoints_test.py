@@ -1,0 +1,197 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import isd_tf
+from isd_tf import checkpoints as checkpointing
+from isd_tf import datasets
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (26, 16, 16, 3), np.uint8)
+DATA = datasets.ArrayDataset("arrays", IMAGES, np.arange(26) % 3, ("a", "b", "c"))
+STEPS_PER_EPOCH = 26 // 4
+
+
+def make_model(strategy=None, queue_size=10, seed=0):
+    keras.utils.set_random_seed(seed)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        encoder = keras.Sequential(
+            [
+                keras.Input((16, 16, 3)),
+                keras.layers.Conv2D(16, 3, 2, name="conv"),
+                keras.layers.BatchNormalization(),
+                keras.layers.ReLU(),
+                keras.layers.GlobalAveragePooling2D(),
+            ]
+        )
+        model = isd_tf.ISD(encoder, *isd_tf.isd_plus_heads(16), queue_size, 0.05, 0.1, 0.9)
+        model.compile(isd_tf.TorchSGD(isd_tf.CosineByEpoch(0.1, 3, STEPS_PER_EPOCH)))
+    return model
+
+
+def batches_from(step):
+    return isd_tf.pretraining_batches(DATA, ("weak", "strong"), 16, 4, 0, step)
+
+
+def train(model, directory, until=None, every_steps=4, keep=2):
+    """Trains as run.py does, stopped after `until` steps; returns the step it began at."""
+    checkpoints = checkpointing.Checkpoints(directory, model, keep)
+    first_step = checkpoints.restore_newest()
+
+    class Killed(Exception):
+        pass
+
+    class Kill(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if checkpoints.step == until:
+                raise Killed
+
+    callbacks = [checkpointing.SaveCheckpoints(checkpoints, every_steps), Kill()]
+    try:
+        checkpointing.fit_from_step(
+            model, batches_from, first_step, STEPS_PER_EPOCH, 3, callbacks=callbacks, verbose=0
+        )
+    except Killed:
+        pass
+    return first_step
+
+
+def state_of(model):
+    return [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
+
+
+def assert_same_bits(model, other):
+    for variable, ours, theirs in zip(
+        (*model.variables, *model.optimizer.variables), state_of(model), state_of(other), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
+    tmp_path, mirrored, two_replicas
+):
+    strategy = two_replicas if mirrored else None
+    whole = make_model(strategy)
+    train(whole, tmp_path / "whole")
+
+    # Saved at steps 4, 6 (the end of an epoch) and 8; the others are lost and taken again.
+    assert train(make_model(strategy), tmp_path / "other", until=7) == 0
+    assert train(make_model(strategy), tmp_path / "other", until=11) == 6
+    last = make_model(strategy, seed=1)
+    assert train(last, tmp_path / "other") == 8
+
+    assert int(last.optimizer.iterations.numpy()) == 18
+    assert_same_bits(last, whole)
+
+
+def test_everything_of_the_run_is_restored(tmp_path):
+    model = make_model()
+    train(model, tmp_path, until=5, every_steps=5)
+    other = make_model(seed=9)
+    assert checkpointing.Checkpoints(tmp_path, other).restore_newest() == 5
+    assert_same_bits(other, model)
+    assert int(other.queue.pointer.numpy()) == 20 % 10
+    assert (other.queue.labels.numpy() >= 0).all()
+
+
+def test_a_checkpoint_of_two_replicas_continues_on_one(tmp_path, two_replicas):
+    model = make_model(two_replicas)
+    train(model, tmp_path, until=4)
+    other = make_model()
+    assert checkpointing.Checkpoints(tmp_path, other).restore_newest() == 4
+    assert_same_bits(other, model)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    train(make_model(), tmp_path, every_steps=1, keep=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (16, 17, 18)]
+
+
+def damage(path, how):
+    (data,) = path.glob("*.data*")
+    (index,) = path.glob("*.index")
+    if how == "cut off":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif how == "empty":
+        data.write_bytes(b"")
+        index.write_bytes(b"")
+    elif how == "without data":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-100] + bytes(100))
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "without data", "overwritten"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, how, caplog):
+    train(make_model(), tmp_path, until=8)
+    good = make_model()
+    train(good, tmp_path / "good", until=6)  # Steps 6 and 8 are those kept above.
+    damage(tmp_path / "step-00000008", how)
+
+    model = make_model()
+    assert checkpointing.Checkpoints(tmp_path, model).restore_newest() == 6
+    assert_same_bits(model, good)
+    assert "step-00000008" in caplog.text and "taking the one before" in caplog.text
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path):
+    train(make_model(), tmp_path, until=8)
+    for path in list(tmp_path.iterdir()):
+        damage(path, "cut off")
+    with pytest.raises(ValueError, match="None of the 2 checkpoints.*can be read"):
+        checkpointing.Checkpoints(tmp_path, make_model()).restore_newest()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    train(make_model(), tmp_path, until=6)
+    with pytest.raises(ValueError, match="another model.*another --workdir"):
+        checkpointing.Checkpoints(tmp_path, make_model(queue_size=12)).restore_newest()
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    train(make_model(), tmp_path, until=7)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "state.index").write_bytes(b"half")
+    model = make_model()
+    assert checkpointing.Checkpoints(tmp_path, model).restore_newest() == 6
+    train(model, tmp_path, until=8)
+    assert (tmp_path / "step-00000008").is_dir() and not (tmp_path / "unfinished").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = make_model()
+    checkpoints = checkpointing.Checkpoints(tmp_path, model)
+
+    class Poison(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if checkpoints.step == 5:
+                kernel = model.student_encoder.trainable_variables[0]
+                kernel.assign(kernel * np.nan)
+
+    callbacks = [
+        Poison(),
+        checkpointing.StopAtNonFiniteLoss(checkpoints),
+        checkpointing.SaveCheckpoints(checkpoints, 2),
+    ]
+    with pytest.raises(FloatingPointError, match="loss is nan at step 6.*step-00000004"):
+        checkpointing.fit_from_step(
+            model, batches_from, 0, STEPS_PER_EPOCH, 3, callbacks=callbacks, verbose=0
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    model = make_model()
+    train(model, tmp_path, until=7)
+    model.trainable_variables[0].assign(model.trainable_variables[0] * np.inf)
+    model.optimizer.iterations.assign(7)
+    with pytest.raises(FloatingPointError, match="conv/kernel.*step 7.*step-00000006"):
+        checkpointing.Checkpoints(tmp_path, model).save()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_at_least_one_checkpoint_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="keep=0"):
+        checkpointing.Checkpoints(tmp_path, make_model(), keep=0)

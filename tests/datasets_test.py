@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from isd_tf import datasets
+
+
+def write_image(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 10 + value), (value, value, value)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes in train and val, nested, beside things that are no images."""
+    for split in ("train", "val"):
+        for i, name in enumerate(("cat/1.jpg", "cat/deep/2.PNG", "dog/3.jpeg", "dog/4.webp")):
+            write_image(tmp_path / split / name, i)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".hidden").mkdir()
+    write_image(tmp_path / "train" / ".hidden" / "5.jpg")
+    return tmp_path
+
+
+def names(dataset, root):
+    return [str(path).removeprefix(str(root) + "/") for path in dataset.paths]
+
+
+def test_folder_with_classes(folder):
+    train, test = datasets.load("folder", data_dir=str(folder))
+    assert names(train, folder / "train") == ["cat/1.jpg", "cat/deep/2.PNG", "dog/3.jpeg", "dog/4.webp"]
+    assert train.class_names == test.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
+    assert len(test) == 4 and test.name.endswith("val")
+
+
+def test_flat_folder_is_unlabelled(tmp_path):
+    for name in ("b.bmp", "a.gif", "sub/c.jpg"):
+        write_image(tmp_path / name)
+    train, test = datasets.load("folder", data_dir=str(tmp_path))
+    assert names(train, tmp_path) == ["a.gif", "b.bmp", "sub/c.jpg"]
+    assert test is None and not datasets.is_labelled(train)
+
+
+def test_flat_train_folder_is_unlabelled(tmp_path):
+    write_image(tmp_path / "train" / "a.jpg")
+    train, test = datasets.load("folder", data_dir=str(tmp_path))
+    assert len(train) == 1 and test is None and not datasets.is_labelled(train)
+
+
+def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="--data_dir"):
+        datasets.load("folder")
+    with pytest.raises(FileNotFoundError, match="does not exist.*missing"):
+        datasets.load("folder", data_dir=str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image below .*empty.*.jpg"):
+        datasets.load("folder", data_dir=str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="test folder .*holdout"):
+        datasets.load("folder", test_split="holdout", data_dir=str(folder))
+    write_image(folder / "val" / "bird" / "1.jpg")
+    with pytest.raises(ValueError, match="without: bird.*2 classes"):
+        datasets.load("folder", data_dir=str(folder))
+
+
+def load_list(folder, text, **arguments):
+    path = folder / "list.txt"
+    path.write_text(text)
+    return datasets.load("list", image_list=str(path), **arguments)
+
+
+def test_plain_list(folder):
+    train, test = load_list(folder, "train/dog/3.jpeg\n\ntrain/cat/1.jpg\n")
+    assert names(train, folder) == ["train/dog/3.jpeg", "train/cat/1.jpg"]
+    assert test is None and not datasets.is_labelled(train)
+
+
+def test_list_with_class_names(folder):
+    train, _ = load_list(folder, "train/dog/3.jpeg\twolf\ntrain/cat/1.jpg\tcat\n")
+    assert train.class_names == ("cat", "wolf")
+    np.testing.assert_array_equal(train.labels, [1, 0])
+
+
+def test_list_of_the_unbalanced_study(folder):
+    text = "class names : \ndog\ncat\nTrain Images: \n/train/cat/1.jpg\n/train/dog/4.webp\n"
+    train, _ = load_list(folder, text, data_dir=str(folder))
+    assert train.class_names == ("dog", "cat")  # Their order tells large classes from small.
+    np.testing.assert_array_equal(train.labels, [1, 0])
+    assert names(train, folder) == ["train/cat/1.jpg", "train/dog/4.webp"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("train/cat/1.jpg\ntrain/cat/9.jpg\n", FileNotFoundError, "1 files.*of 2.*9.jpg.*relative"),
+        ("\n", ValueError, "lists no image"),
+        ("train/cat/1.jpg\tcat\ntrain/dog/3.jpeg\n", ValueError, "1 of 2 lines"),
+        ("class names :\ncat\nTrain Images:\n/train/dog/3.jpeg\n", ValueError, "outside.*dog/3"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused(folder, text, error, message):
+    with pytest.raises(error, match=message):
+        load_list(folder, text)
+
+
+def test_missing_list_is_refused():
+    with pytest.raises(FileNotFoundError, match="--image_list=nowhere.txt"):
+        datasets.load("list", image_list="nowhere.txt")
+    with pytest.raises(ValueError, match="--image_list"):
+        datasets.load("list")
+
+
+def test_photo_patches():
+    train, test = datasets.load("photo_patches")
+    assert (len(train), len(test)) == (10_800, 2700)
+    assert train.class_names[0] == "astronaut" and len(train.class_names) == 18
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="Received: 'cifar11'. Did you mean .*cifar10.*photo_patches"):
+        datasets.load("cifar11")
+
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+    """Grey images of one size."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(8, 8, 1)),
+            "label": tfds.features.ClassLabel(names=["even", "odd"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(10), "validation": self._generate_examples(4)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            image = np.full((8, 8, 1), i, np.uint8)
+            yield i, {"id": str(i), "image": image, "label": i % 2}
+
+
+def test_tfds_name_of_small_images_is_held_in_memory(tmp_path):
+    train, test = datasets.load("photos", data_dir=str(tmp_path))
+    assert isinstance(train, datasets.ArrayDataset) and train.images.shape == (10, 8, 8, 3)
+    np.testing.assert_array_equal(train.labels, train.images[:, 0, 0, 2] % 2)
+    assert train.class_names == ("even", "odd")
+    assert len(test) == 4 and test.name == "photos/validation"
+
+
+def test_tfds_split_of_large_images_is_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY_BYTES", 0)
+    train, _ = datasets.load("photos", train_split="train[2:7]", data_dir=str(tmp_path))
+    assert isinstance(train, datasets.RecordDataset)
+    assert len(train) == 5 and datasets.is_labelled(train)
+
+
+def test_unknown_tfds_split_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="photos has the splits train, validation.*'dev'"):
+        datasets.load("photos", train_split="dev", data_dir=str(tmp_path))
+
+
+class Unreachable(Photos):
+    """A dataset whose download fails."""
+
+    def _split_generators(self, dl_manager):
+        raise ConnectionError("no route to host")
+
+
+def test_tfds_name_that_cannot_be_prepared_says_how_to(tmp_path):
+    message = "not prepared in .*ConnectionError: no route.*tfds build unreachable.*--data_dir"
+    with pytest.raises(FileNotFoundError, match=message):
+        datasets.load("unreachable", data_dir=str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not datasets.DEBIAN_FASHION_MNIST.is_dir(),
+    reason="needs Debian's package: apt-get install dataset-fashion-mnist",
+)
+def test_fashion_mnist_is_prepared_from_debians_package(tmp_path):
+    train, test = datasets.load("fashion_mnist", data_dir=str(tmp_path))
+    assert train.images.shape == (60_000, 28, 28, 3) and len(test) == 10_000
+    assert train.class_names[9] == "Ankle boot"
+    np.testing.assert_array_equal(np.bincount(test.labels), np.full(10, 1000))
+    # What was prepared is the official data set: TFDS itself reads it.
+    official = tfds.load("fashion_mnist", split="test", data_dir=str(tmp_path), download=False)
+    first = next(iter(official.as_numpy_iterator()))
+    np.testing.assert_array_equal(first["image"][..., 0], test.images[0, ..., 1])

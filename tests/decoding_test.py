@@ -1,0 +1,116 @@
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from isd_tf import decoding
+
+# Large flat areas, so that the roundings of JPEG decoders stay small.
+SCENE = np.asarray(
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (3, 4, 3), np.uint8)).resize((40, 30))
+)
+
+
+def encoded(format_name, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(SCENE).convert(mode).save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bit_png():
+    buffer = io.BytesIO()
+    gray = np.asarray(Image.fromarray(SCENE).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(gray).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FORMS = {
+    "jpeg": encoded("JPEG", quality=98, subsampling=0),
+    "grey jpeg": encoded("JPEG", "L", quality=98),
+    "cmyk jpeg": encoded("JPEG", "CMYK", quality=98),
+    "png": encoded("PNG"),
+    "png with alpha": encoded("PNG", "RGBA"),
+    "grey png with alpha": encoded("PNG", "LA"),
+    "palette png": encoded("PNG", "P"),
+    "1-bit png": encoded("PNG", "1"),
+    "16-bit png": sixteen_bit_png(),
+    "webp": encoded("WEBP", lossless=True),
+    "webp with alpha": encoded("WEBP", "RGBA", lossless=True),
+    "moving webp": encoded("WEBP", save_all=True, lossless=True,
+                           append_images=[Image.new("RGB", (40, 30))]),
+    "bmp": encoded("BMP"),
+    "grey bmp": encoded("BMP", "L"),
+    "1-bit bmp": encoded("BMP", "1"),
+    "gif": encoded("GIF"),
+    "moving gif": encoded("GIF", save_all=True, append_images=[Image.new("RGB", (40, 30))]),
+}  # fmt: skip
+
+
+def decode(candidates, unreadable=None, attempts=None):
+    """Decodes the first readable of some byte strings inside tf.data; returns image and label."""
+    source = tf.constant(candidates)
+    unreadable = unreadable or decoding.Unreadable(len(candidates), 1.0)
+
+    def load(_):
+        return decoding.decode_first_readable(
+            lambda attempt: (source[attempt], tf.strings.format("image {}", attempt), attempt * 10),
+            tf.identity,
+            attempts or len(candidates),
+            unreadable,
+        )
+
+    image, label = tf.data.Dataset.range(1).map(load).get_single_element()
+    return image.numpy(), int(label)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_decodes_as_pillow_does(form):
+    unreadable = decoding.Unreadable(1, 0.0)
+    image, _ = decode([FORMS[form]], unreadable)
+    if form == "16-bit png":
+        expected = np.asarray(Image.fromarray(SCENE).convert("L").convert("RGB"))
+    else:
+        expected = np.asarray(Image.open(io.BytesIO(FORMS[form])).convert("RGB"))
+    assert image.shape == expected.shape and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).mean() <= 0.5
+    assert not unreadable.names
+
+
+BROKEN = (b"", b"not an image", FORMS["jpeg"][:60], FORMS["png"][:-40])
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_unreadable_image_gives_way_to_the_next_and_is_named(broken):
+    unreadable = decoding.Unreadable(2, 0.5)
+    image, label = decode([broken, FORMS["png"]], unreadable)
+    np.testing.assert_array_equal(image, SCENE)
+    assert label == 10
+    assert unreadable.names == {"image 0"}
+
+
+def test_several_unreadable_images_in_a_row_are_skipped():
+    image, label = decode([b"", b"x", b"y", FORMS["png"]])
+    np.testing.assert_array_equal(image, SCENE)
+    assert label == 30
+
+
+def test_when_none_can_be_read_the_image_is_empty():
+    image, _ = decode([b"", b"x"])
+    assert image.size == 0
+
+
+def test_too_many_unreadable_images_end_the_pipeline():
+    unreadable = decoding.Unreadable(4, 0.25)
+    with pytest.raises(tf.errors.OpError):
+        decode([b"", b"x", FORMS["png"], FORMS["png"]], unreadable)
+    with pytest.raises(ValueError, match="At most 25.0%.*2 of 4.*image 0, image 1.*max_unreadable"):
+        unreadable.check()
+
+
+def test_an_image_is_counted_once():
+    unreadable = decoding.Unreadable(10, 0.1)
+    unreadable.add("a.jpg", "broken")
+    unreadable.add("a.jpg", "broken")
+    assert unreadable.names == {"a.jpg"}

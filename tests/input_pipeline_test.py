@@ -1,0 +1,212 @@
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from isd_tf import augment, datasets, input_pipeline
+from isd_tf.decoding import Unreadable
+
+N, SIZE = 23, 12
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)
+ARRAYS = datasets.ArrayDataset("arrays", IMAGES, np.arange(N), tuple(map(str, range(N))))
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = []
+    for i, image in enumerate(IMAGES):
+        paths.append(str(tmp_path / f"{i:02d}.png"))
+        Image.fromarray(image).save(paths[-1])
+    return datasets.FileDataset("files", tuple(paths), np.arange(N), ())
+
+
+class NumberedImages(tfds.core.GeneratorBasedBuilder):
+    """N images of two sizes, each with its number; number 7 may be a broken file."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    broken_file = None
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=N)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, image in enumerate(IMAGES):
+            broken = self.broken_file and i == 7
+            yield i, {"image": self.broken_file if broken else image[: 16 - i % 2], "label": i}
+
+
+def prepare_records(directory, broken_file=None):
+    with tfds.core.registered.skip_registration():
+        kind = type("NumberedImages", (NumberedImages,), {"broken_file": broken_file})
+    builder = kind(data_dir=str(directory))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    assert len(builder.info.splits["train"].filepaths) == 4
+    return datasets._open_split(builder, "train")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return prepare_records(tmp_path_factory.mktemp("tfds"))
+
+
+def take(dataset, steps, first_step=0, views=("weak", "strong"), seed=1, batch=4, **arguments):
+    batches = input_pipeline.pretraining_batches(
+        dataset, views, SIZE, batch, seed, first_step, **arguments
+    )
+    return list(batches.take(steps).as_numpy_iterator())
+
+
+def labels_of(batches):
+    return np.concatenate([batch["label"] for batch in batches])
+
+
+def assert_same(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], err_msg=key, **(tolerance or dict(rtol=0)))
+
+
+@pytest.fixture(params=["arrays", "files", "records"])
+def dataset(request):
+    return ARRAYS if request.param == "arrays" else request.getfixturevalue(request.param)
+
+
+def test_batches_hold_two_views_and_a_label(dataset):
+    (batch,) = take(dataset, 1)
+    assert batch["teacher_view"].shape == batch["student_view"].shape == (4, SIZE, SIZE, 3)
+    assert batch["teacher_view"].dtype == np.float32
+    assert np.abs(batch["teacher_view"] - batch["student_view"]).mean() > 0.1
+
+
+def test_an_epoch_is_a_permutation_less_its_remainder(dataset):
+    steps = N // 4
+    first = labels_of(take(dataset, steps))
+    second = labels_of(take(dataset, steps, first_step=steps))
+    assert len(set(first)) == len(set(second)) == 20
+    assert list(first) != list(second) and list(first) != sorted(first)
+    both = collections.Counter([*first, *second])
+    assert max(both.values()) == 2
+
+
+def test_batches_from_any_step_on_are_those_of_the_whole_run(dataset):
+    whole = take(dataset, 14)
+    for first_step in (1, 5, 9):
+        assert_same(take(dataset, 14 - first_step, first_step), whole[first_step:])
+
+
+def test_order_and_views_depend_on_the_seed(dataset):
+    one, same, other = (take(dataset, 5, seed=seed) for seed in (1, 1, 2))
+    assert_same(one, same)
+    assert list(labels_of(one)) != list(labels_of(other))
+
+
+def test_files_and_arrays_give_the_same_batches(files):
+    assert_same(take(files, 7), take(ARRAYS, 7), atol=1e-5)
+
+
+def test_views_are_drawn_by_seed_view_and_place():
+    """Against a computation step by step, for the second batch of the second epoch."""
+    batch = take(ARRAYS, 1, first_step=6, seed=3)[0]
+    order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([3, 1]), N - 1).numpy()
+    rows = order[4:8]
+    np.testing.assert_array_equal(batch["label"], rows)
+    for view, recipe in enumerate((augment.weak_view, augment.strong_view)):
+        seeds = np.int64([[2 * 3 + view, place] for place in range(24, 28)])
+        expected = recipe(tf.constant(IMAGES[rows]), tf.constant(seeds), SIZE)
+        name = ("teacher_view", "student_view")[view]
+        np.testing.assert_allclose(batch[name], expected, atol=1e-5)
+
+
+def test_replicas_share_the_global_batches_in_order(two_replicas):
+    batches = input_pipeline.pretraining_batches(ARRAYS, ("weak", "strong"), SIZE, 4, 1)
+    iterator = iter(two_replicas.experimental_distribute_dataset(batches))
+    for expected in take(ARRAYS, 6):
+        parts = two_replicas.experimental_local_results(next(iterator)["student_view"])
+        assert [len(part) for part in parts] == [2, 2]
+        np.testing.assert_array_equal(np.concatenate(parts), expected["student_view"])
+
+
+def test_unlabelled_images_give_no_labels(files):
+    unlabelled = datasets.FileDataset("flat", files.paths)
+    (batch,) = take(unlabelled, 1)
+    assert set(batch) == {"teacher_view", "student_view"}
+
+
+def test_an_unreadable_file_is_replaced_by_the_next_in_order_and_shifts_nothing(files):
+    whole = take(files, 10)
+    order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([1, 0]), N - 1).numpy()
+    broken = order[6]
+    with open(files.paths[broken], "wb") as file:
+        file.write(b"broken")
+
+    unreadable = Unreadable(N, 0.1)
+    batches = take(files, 10, unreadable=unreadable)
+
+    assert unreadable.names == {files.paths[broken]}
+    assert labels_of(batches)[6] == order[7]
+    intact = labels_of(whole) != broken
+    np.testing.assert_array_equal(labels_of(batches)[intact], labels_of(whole)[intact])
+    for name in ("teacher_view", "student_view"):
+        ours, theirs = (np.concatenate([b[name] for b in run]) for run in (batches, whole))
+        np.testing.assert_array_equal(ours[intact], theirs[intact])
+        assert np.isfinite(ours).all()
+
+
+def test_unreadable_files_are_not_tolerated_unless_allowed(files):
+    with open(files.paths[0], "wb") as file:
+        file.write(b"broken")
+    with pytest.raises(tf.errors.OpError):
+        take(files, 12)
+
+
+def test_an_unreadable_record_is_replaced_by_the_next(records, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    broken = prepare_records(tmp_path / "tfds", str(tmp_path / "broken.png"))
+    unreadable = Unreadable(N, 0.5)
+    # Two epochs, one of which at least meets number 7.
+    ours, theirs = labels_of(take(broken, 10, unreadable=unreadable)), labels_of(take(records, 10))
+    assert 7 in theirs and 7 not in ours
+    np.testing.assert_array_equal(ours[theirs != 7], theirs[theirs != 7])
+    (place,) = np.flatnonzero(theirs[:20] == 7)
+    assert ours[place] == theirs[place + 1]
+    assert any(f"shuffled record {place}" in name for name in unreadable.names)
+
+
+def test_views_and_batches_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="strong, weak.*weak/hard"):
+        take(ARRAYS, 1, views=("weak", "hard"))
+    with pytest.raises(ValueError, match="at most the dataset's 23.*=24"):
+        take(ARRAYS, 1, batch=24)
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_reads_every_image_once_in_order(dataset):
+    batches = list(input_pipeline.evaluation_batches(dataset, SIZE, 5).as_numpy_iterator())
+    labels = np.concatenate([labels for _, labels in batches])
+    assert sorted(labels) == list(range(N))
+    assert [len(labels) for _, labels in batches] == [5, 5, 5, 5, 3]
+    images = np.concatenate([images for images, _ in batches])
+    for i in (0, 10, 22):
+        rows = 15 if isinstance(dataset, datasets.RecordDataset) and i % 2 else 16
+        expected = augment.evaluation_view(IMAGES[i : i + 1, :rows], SIZE)[0]
+        np.testing.assert_allclose(images[list(labels).index(i)], expected, atol=1e-5)
+
+
+def test_evaluation_leaves_unreadable_files_out(files):
+    with open(files.paths[3], "wb") as file:
+        file.write(b"broken")
+    unreadable = Unreadable(N, 0.1)
+    batches = input_pipeline.evaluation_batches(files, SIZE, 5, unreadable)
+    labels = np.concatenate([labels for _, labels in batches.as_numpy_iterator()])
+    assert list(labels) == [i for i in range(N) if i != 3]
+    assert unreadable.names == {files.paths[3]}
