@@ -40,9 +40,6 @@ $(VENV)/bin/python:
 	         "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The package itself goes in as a link to the checkout, so that experiments/run.py finds it from any
-# directory. Without build isolation it is built by the locked setuptools, which TensorFlow brings.
 $(VENV)/.installed: requirements_lock.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --require-hashes -r requirements_lock.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

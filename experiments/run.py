@@ -98,6 +98,7 @@ REQUIRED = (
 
 
 def main(argv):
+    tf.get_logger().setLevel("WARNING" if FLAGS.verbosity < 1 else "DEBUG")
     require_flags(argv)
     keras.utils.set_random_seed(FLAGS.seed)
     strategy = choose_devices()
@@ -184,10 +185,10 @@ def choose_devices():
             f"The replicas share the batch evenly. Received: --batch_size={FLAGS.batch_size} for "
             f"{replicas} replicas. Use a multiple of {replicas}, or --strategy=one."
         )
-    devices = getattr(strategy.extended, "worker_devices", ("one device",))
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
     say(
-        f"{replicas} replica{'s' * (replicas > 1)} on {', '.join(devices)}; "
-        f"global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
+        f"{replicas} {kind} replica{'s' * (replicas > 1)}: global batch {FLAGS.batch_size}, "
+        f"replica batch {FLAGS.batch_size // replicas}."
     )
     return strategy
 
@@ -209,7 +210,7 @@ def warn_and_check(train, strategy):
 
 def open_workdir():
     workdir = pathlib.Path(FLAGS.workdir)
-    mine = FLAGS.get_flags_for_module(sys.argv[0])
+    mine = FLAGS.get_flags_for_module(__name__)
     path = workdir / "run.flags"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -52,12 +52,11 @@ def pretraining_batches(
     Raises:
         ValueError: for an unknown recipe, or a batch larger than the dataset.
     """
-    for recipe in views:
-        if recipe not in augment.RECIPES:
-            raise ValueError(
-                f"Unknown view. Expected one of {', '.join(augment.RECIPES)} for the teacher and "
-                f"for the student. Received: {'/'.join(views)}."
-            )
+    if len(views) != 2 or not set(views) <= set(augment.RECIPES):
+        raise ValueError(
+            f"Unknown views. Expected two of {', '.join(augment.RECIPES)}, the teacher's and then "
+            f"the student's, such as weak/strong. Received: {'/'.join(views)}."
+        )
     if not 1 <= global_batch_size <= len(dataset):
         raise ValueError(
             f"A batch must have at least 1 image and at most the dataset's {len(dataset)}. "

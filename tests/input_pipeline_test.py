@@ -183,6 +183,8 @@ def test_an_unreadable_record_is_replaced_by_the_next(records, tmp_path):
 def test_views_and_batches_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="strong, weak.*weak/hard"):
         take(ARRAYS, 1, views=("weak", "hard"))
+    with pytest.raises(ValueError, match="two of strong, weak.*Received: weak"):
+        take(ARRAYS, 1, views=("weak",))
     with pytest.raises(ValueError, match="at most the dataset's 23.*=24"):
         take(ARRAYS, 1, batch=24)
 

@@ -86,8 +86,8 @@ def test_memory_is_that_of_the_queries_and_a_chunk():
 
     original = knn._joined
 
-    def joined(features):
-        return {name: track(values) for name, values in original(features).items()}
+    def joined(batches):
+        return {name: track(values) for name, values in original(batches).items()}
 
     bank = np.random.default_rng(0).normal(size=(4000, 8))
     with pytest.MonkeyPatch.context() as patch:

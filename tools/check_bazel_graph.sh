@@ -74,13 +74,6 @@ for stub in "$stubs"/*; do
     options+=("--override_repository=$(basename "$stub")=$stub")
 done
 
-# An editable install would answer every import of isd_tf, listed in BUILD or not. This environment
-# sees the installed packages, but not their .pth files, which are what makes an install editable.
-python3 -m venv --without-pip "$scratch/venv"
-python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-    >"$(echo "$scratch"/venv/lib/python3*/site-packages)/third_party.pth"
-export PATH=$scratch/venv/bin:$PATH
-
 in_tree query "${options[@]}" //...
 # Debian's rc file asks for a log of each sandbox, which buries what a failing test says.
 options+=(--nosandbox_debug --test_output=errors)

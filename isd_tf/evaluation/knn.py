@@ -48,14 +48,21 @@ def knn_accuracy(
 
     Source: protocol of UMBCvision/ISD eval_knn.py.
     """
-    searches = {}
-    compiled = {name: _normalised_features(encoder) for name, encoder in encoders.items()}
-    features, labels = _extract(compiled, queries)
+    embed = _normalised_features(encoders)
+    query_chunks = list(_chunks(embed, queries))
+    if not query_chunks:
+        raise ValueError("There are no queries to score. Received an empty test dataset.")
+    labels = np.concatenate([chunk_labels for _, chunk_labels in query_chunks])
     _require_labels(labels, "queries")
-    for name in encoders:
-        searches[name] = _NearestNeighbors(features.pop(name), max(neighbors))
+    searches = {
+        name: _NearestNeighbors(
+            np.concatenate([features[name] for features, _ in query_chunks]), max(neighbors)
+        )
+        for name in encoders
+    }
+    del query_chunks
     bank_labels = []
-    for chunk_features, chunk_labels in _chunks(compiled, bank):
+    for chunk_features, chunk_labels in _chunks(embed, bank):
         _require_labels(chunk_labels, "bank")
         for name, search in searches.items():
             search.add(chunk_features[name])
@@ -159,33 +166,37 @@ def _merge(queries, best_similarities, best_rows, features, rows):
     return best.values, tf.gather(candidate_rows, best.indices, batch_dims=1)
 
 
-def _normalised_features(encoder):
+def _normalised_features(encoders):
+    """Compiles all encoders into one function: images to unit features [b, C] by name."""
+
     @tf.function(reduce_retracing=True)
-    def features(images):
-        is_network = isinstance(encoder, keras.Model)
-        x = encoder(images, training=False) if is_network else encoder(images)
-        return tf.math.l2_normalize(tf.cast(x, tf.float32), axis=1)
-
-    return features
-
-
-def _chunks(encoders, batches):
-    """Yields (features by name [c, C], labels [c]) in chunks of about BANK_CHUNK examples."""
-    features, labels, count = {name: [] for name in encoders}, [], 0
-    for images, batch_labels in batches:
+    def embed(images):
+        features = {}
         for name, encoder in encoders.items():
-            features[name].append(encoder(images).numpy())
+            is_network = isinstance(encoder, keras.Model)
+            x = encoder(images, training=False) if is_network else encoder(images)
+            features[name] = tf.math.l2_normalize(tf.cast(x, tf.float32), axis=1)
+        return features
+
+    return embed
+
+
+def _chunks(embed, batches):
+    """Yields (features by name [c, C], labels [c]) in chunks of about BANK_CHUNK examples."""
+    features, labels, count = [], [], 0
+    for images, batch_labels in batches:
+        features.append(embed(images))
         labels.append(np.asarray(batch_labels))
         count += len(labels[-1])
         if count >= BANK_CHUNK:
             yield _joined(features), np.concatenate(labels)
-            features, labels, count = {name: [] for name in encoders}, [], 0
+            features, labels, count = [], [], 0
     if labels:
         yield _joined(features), np.concatenate(labels)
 
 
-def _joined(features):
-    joined = {name: np.concatenate(parts) for name, parts in features.items()}
+def _joined(batches):
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     for name, values in joined.items():
         if not np.isfinite(values).all():
             raise ValueError(
@@ -193,14 +204,6 @@ def _joined(features):
                 "BatchNorm statistics have diverged."
             )
     return joined
-
-
-def _extract(encoders, batches):
-    chunks = list(_chunks(encoders, batches))
-    if not chunks:
-        raise ValueError("There are no queries to score. Received an empty test dataset.")
-    features = {name: np.concatenate([chunk[name] for chunk, _ in chunks]) for name in encoders}
-    return features, np.concatenate([labels for _, labels in chunks])
 
 
 def _require_labels(labels, what):

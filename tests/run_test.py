@@ -1,0 +1,312 @@
+"""experiments/run.py as users run it: every flag file, kill and continue, and bad input."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import flagfiles  # noqa: E402
+import run  # noqa: E402
+
+SMALL = [
+    *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=2"),
+    *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
+]
+FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of two classes: 24 images of several sizes to train on, 8 to test."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                values = random.integers(0, 100, (20 + i, 30, 3), np.uint8) + np.uint8(label * 150)
+                Image.fromarray(values).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def call(*arguments):
+    """Runs main() in this process with the given flags only."""
+    for name in list(flags.FLAGS):
+        if name in run.FLAGS.flag_values_dict():
+            run.FLAGS[name].unparse()
+    run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
+    run.main(["run.py"])
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "experiments" / "run.py"), *map(str, arguments)]
+
+
+def small_run(photos, workdir, *arguments):
+    return [
+        *("--flagfile=imagenet.flags", "--dataset=folder", f"--data_dir={photos}", *SMALL),
+        *(f"--workdir={workdir}", *arguments),
+    ]
+
+
+def newest_weights(workdir):
+    path = max((workdir / "checkpoints").glob("step-*"))
+    reader = tf.train.load_checkpoint(str(path / "state"))
+    return path.name, {
+        key: reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if key != "_CHECKPOINTABLE_OBJECT_GRAPH"
+    }
+
+
+def assert_same_end(workdir, other):
+    (name, ours), (other_name, theirs) = newest_weights(workdir), newest_weights(other)
+    assert name == other_name and ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """The workdir of an uninterrupted run, as a command from the repository's root."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    result = subprocess.run(
+        command(*small_run(photos, workdir)), cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (workdir / "output.txt").write_text(result.stdout)
+    return workdir
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["step"] == 12
+    for name in ("raw_pixels", "untrained", "student", "teacher"):
+        for k in (1, 20):
+            assert 0 <= results[f"{name}_{k}nn"] <= 1
+    assert all(isinstance(value, int | float) for value in results.values())
+    assert "tensorflow" in json.loads((finished / "versions.json").read_text())
+    assert os.listdir(finished / "saved_model") == ["1"]
+    output = (finished / "output.txt").read_text()
+    assert "24 images, 2 classes" in output
+    for line in ("raw pixels", "untrained", "student", "teacher", "1-NN", "images_per_second"):
+        assert line in output
+
+
+def test_logs_hold_every_monitored_value(finished):
+    (path,) = (finished / "logs").iterdir()
+    steps = {}
+    for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+        event = tf.compat.v1.Event.FromString(record)
+        for value in event.summary.value:
+            steps.setdefault(value.tag, []).append(event.step)
+    monitored = "loss teacher_entropy student_entropy embedding_std purity learning_rate".split()
+    for name in (*monitored, "student_1nn", "teacher_20nn"):
+        assert steps[f"epoch/{name}"] == [6, 12]
+    for name in monitored:
+        assert steps[f"step/{name}"] == [10]
+
+
+def test_saved_model_has_the_last_checkpoints_student(finished):
+    serve = tf.saved_model.load(str(finished / "saved_model" / "1")).signatures["serving_default"]
+    features = serve(images=tf.zeros([2, 50, 40, 3], tf.uint8))["features"]
+    assert features.shape == (2, 16) and np.isfinite(features).all()
+    _, weights = newest_weights(finished)
+    # The first trainable variable is the stem's kernel, which the teacher's copy differs from.
+    stored = weights["optimizer/_trainable_variables/0/.ATTRIBUTES/VARIABLE_VALUE"]
+    reader = tf.train.load_checkpoint(str(finished / "saved_model" / "1" / "variables/variables"))
+    kernels = [
+        reader.get_tensor(key)
+        for key, shape in reader.get_variable_to_shape_map().items()
+        if shape == [3, 3, 3, 4]
+    ]
+    np.testing.assert_array_equal(kernels, [stored])
+
+
+def test_the_effective_flags_run_the_same_again(finished, tmp_path):
+    flag_file = finished / "run.flags"
+    call(f"--flagfile={flag_file}", f"--workdir={tmp_path}", "--stages=pretrain")
+    assert_same_end(tmp_path, finished)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
+    finished, photos, tmp_path, seed
+):
+    random = np.random.default_rng(seed)
+    arguments = small_run(photos, tmp_path, "--stages=pretrain")
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    last = int(random.integers(2, 9))  # Kill soon after the first checkpoint from this step on.
+    while process.poll() is None:
+        steps = [int(path.name[5:]) for path in tmp_path.glob("checkpoints/step-*")]
+        if steps and max(steps) >= last:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Continuing" in result.stdout or "complete" in result.stdout
+    assert_same_end(tmp_path, finished)
+
+
+def test_mirrored_strategy_trains_on_two_logical_devices(photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--strategy=mirrored", "--logical_cpus=2")
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 CPU replicas: global batch 4, replica batch 2" in result.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 12
+
+
+@pytest.mark.parametrize("flag_file", FLAG_FILES)
+def test_every_flag_file_runs(flag_file, photos, tmp_path):
+    """Its own recipe, at the size of a test: networks, data and length are replaced."""
+    call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
+         "--epochs=1", "--knn_every_epochs=0", f"--workdir={tmp_path}")  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert np.isfinite(results["loss"]) and results["step"] == 6
+
+
+def test_recipes_are_the_papers():
+    def settings(name):
+        lines = flagfiles.expand([f"--flagfile={name}"])
+        return dict(line.removeprefix("--").split("=") for line in lines)
+
+    plus = settings("imagenet.flags")
+    expected = dict(
+        dataset="imagenet2012", encoder="resnet50", heads="isd_plus", views="weak/strong",
+        queue_size="128000", teacher_temperature="0.01", student_temperature="0.1",
+        teacher_momentum="0.99", epochs="200", batch_size="256", learning_rate="0.05",
+        learning_rate_schedule="cosine", sgd_momentum="0.9", weight_decay="0.0001",
+        image_size="224", batch_norm="shuffled",
+    )  # fmt: skip
+    assert expected.items() <= plus.items()
+    isd = settings("imagenet_resnet18.flags")
+    expected |= dict(
+        encoder="resnet18", heads="isd", views="strong/strong", teacher_temperature="0.02",
+        student_temperature="0.02", teacher_momentum="0.999", learning_rate="0.01",
+        learning_rate_schedule="drops", drop_epochs="141,181", drop_factor="0.2",
+    )  # fmt: skip
+    assert expected.items() <= isd.items()
+
+
+def test_unlabelled_images_pretrain_and_export(photos, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (photos / "train").rglob("*.png"):
+        (flat / f"{path.parent.name}{path.name}").symlink_to(path)
+    call(*small_run(flat, tmp_path / "run"), "--epochs=1")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "purity" not in results and "student_1nn" not in results
+    output = capsys.readouterr().out
+    assert "no labels" in output and "Not evaluated" in output and "SavedModel" in output
+
+
+def test_stages_run_on_their_own(finished, photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--epochs=1")
+    call(*arguments, "--stages=pretrain")
+    assert not (tmp_path / "saved_model").exists()
+    call(*arguments, "--stages=evaluate,export", "--export_encoder=teacher")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"loss", "teacher_1nn", "step"} <= results.keys()
+    assert os.listdir(tmp_path / "saved_model") == ["1"]
+
+
+def test_an_unreadable_image_is_counted(photos, tmp_path, caplog):
+    folder = tmp_path / "photos"
+    for path in photos.rglob("*.png"):
+        copy = folder / path.relative_to(photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (folder / "train" / "dark" / "3.png").write_bytes(b"broken")
+    call(*small_run(folder, tmp_path / "run"), "--max_unreadable=0.05", "--stages=pretrain")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["unreadable_images"] == 1
+    assert "dark/3.png" in caplog.text
+    with pytest.raises(ValueError, match="At most 1.0%.*1 of 24.*dark/3.png"):
+        call(*small_run(folder, tmp_path / "strict"), "--max_unreadable=0.01")
+
+
+def test_a_queue_larger_than_the_dataset_warns(photos, tmp_path, caplog):
+    call(*small_run(photos, tmp_path), "--queue_size=30", "--epochs=1", "--stages=pretrain")
+    assert "queue (30) is larger than the dataset (24 images)" in caplog.text
+
+
+def test_another_recipe_in_the_same_workdir_is_refused(finished, photos):
+    before = sorted(finished.rglob("*"))
+    with pytest.raises(ValueError, match="--seed=0 then, --seed=1 now"):
+        call(*small_run(photos, finished), "--seed=1")
+    call(*small_run(photos, finished), "--stages=evaluate", "--log_every_steps=5")
+    assert sorted(finished.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=imagnet"], "Unknown dataset.*imagnet.*photo_patches"),
+        (["--encoder=vit"], "Unknown encoder.*resnet18.*vit"),
+        (["--views=weak/hard"], "Unknown views.*strong, weak.*weak/hard"),
+        (["--views=weak"], "the teacher's and then the student's.*weak"),
+        (["--stages=train"], "Unknown stages.*pretrain, evaluate, export.*train"),
+        (["--stages=evaluate"], "no checkpoint"),
+        (["--queue_size=3"], r"at least the global batch size \(4\).*queue_size=3"),
+        (["--batch_size=25", "--queue_size=99"], "must fit into the dataset.*25.*24 images"),
+        (["--teacher_temperature=0"], "teacher_temperature must be greater than 0"),
+        (["--student_temperature=-1"], "student_temperature must be greater than 0"),
+        (["--teacher_momentum=1.1"], r"teacher_momentum must be in \[0, 1\].*1.1"),
+        (["--sgd_momentum=1"], r"sgd_momentum must be in \[0, 1\)"),
+        (["--learning_rate=0"], "learning_rate must be positive"),
+        (["--learning_rate_schedule=drops"], "--drop_epochs=141,181"),
+        (["--epochs=0"], "--epochs must be at least 1.*0"),
+        (["--data_dir=nowhere"], "does not exist.*nowhere"),
+        (["--dataset=list", "--image_list=nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(arguments, message, photos, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        call(*small_run(photos, tmp_path / "run"), *arguments)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--workdir must be a folder that can be written.*file"):
+        call(*small_run(photos, tmp_path / "file" / "run"))
+
+
+def test_a_recipe_that_lacks_flags_says_which():
+    with pytest.raises(ValueError, match="must set --image_size, --views.*quickstart.flags"):
+        call("--dataset=photo_patches", "--workdir=x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--flagfile=quickstart.flags", "--batch_size=5", "--queue_size=4"], "queue_size must be"),
+        (["--flagfile=nowhere.flags"], "No such flag file"),
+        (["--flagfile=quickstart.flags", "--queue=3"], "Unknown command line flag 'queue'"),
+        (["--flagfile=quickstart.flags", "--strategy=mirrored", "--logical_cpus=3"],
+         "share the batch evenly.*--batch_size=64 for 3 replicas"),
+    ],
+)  # fmt: skip
+def test_usage_errors_exit_with_a_message_and_no_stack_trace(arguments, message, tmp_path):
+    result = subprocess.run(
+        command(*arguments, f"--workdir={tmp_path / 'run'}"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
