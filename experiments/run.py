@@ -98,14 +98,17 @@ REQUIRED = (
 
 
 def main(argv):
-    tf.get_logger().setLevel("WARNING" if FLAGS.verbosity < 1 else "DEBUG")
+    if FLAGS["verbosity"].using_default_value:
+        # TensorFlow's notes on each save would bury what a run prints.
+        logging.set_verbosity(logging.WARNING)
+        tf.get_logger().setLevel("WARNING")
     require_flags(argv)
     keras.utils.set_random_seed(FLAGS.seed)
     strategy = choose_devices()
     train, test = isd_tf.datasets.load(
         FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
     )
-    warn_and_check(train, strategy)
+    check_sizes(train)
 
     workdir = open_workdir()
     steps_per_epoch = len(train) // FLAGS.batch_size
@@ -193,7 +196,7 @@ def choose_devices():
     return strategy
 
 
-def warn_and_check(train, strategy):
+def check_sizes(train):
     if FLAGS.batch_size > len(train):
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
