@@ -87,10 +87,10 @@ flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0:
 flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
 
 # What may change between two calls in one workdir; every other flag is the recipe.
-NOT_RECIPE = frozenset(
+NOT_RECIPE = (
     "data_dir image_list test_split max_unreadable workdir stages strategy logical_cpus "
-    "checkpoint_every_steps keep_checkpoints log_every_steps knn_every_epochs export_encoder".split()
-)
+    "checkpoint_every_steps keep_checkpoints log_every_steps knn_every_epochs export_encoder"
+).split()
 REQUIRED = (
     "dataset image_size views encoder heads queue_size teacher_temperature student_temperature "
     "teacher_momentum epochs batch_size learning_rate workdir".split()
@@ -98,7 +98,7 @@ REQUIRED = (
 
 
 def main(argv):
-    if FLAGS["verbosity"].using_default_value:
+    if not FLAGS["verbosity"].present:
         # TensorFlow's notes on each save would bury what a run prints.
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
@@ -113,12 +113,11 @@ def main(argv):
     workdir = open_workdir()
     steps_per_epoch = len(train) // FLAGS.batch_size
     model = build_model(strategy, steps_per_epoch)
-    checkpoints = checkpointing.Checkpoints(
-        workdir / "checkpoints", model, FLAGS.keep_checkpoints
-    )
+    checkpoints = checkpointing.Checkpoints(workdir / "checkpoints", model, FLAGS.keep_checkpoints)
     first_step = checkpoints.restore_newest()
-    say(f"{train.name}: {len(train)} images" + (f", {len(train.class_names)} classes." if
-        isd_tf.datasets.is_labelled(train) else ", no labels."))  # fmt: skip
+    labelled = isd_tf.datasets.is_labelled(train)
+    classes = f"{len(train.class_names)} classes" if labelled else "no labels"
+    say(f"{train.name}: {len(train)} images, {classes}.")
     if first_step:
         say(f"Continuing {workdir} after step {first_step}.")
 

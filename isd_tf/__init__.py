@@ -1,16 +1,16 @@
 """ISD for TensorFlow and Keras 3: pretraining of image encoders without labels.
 
-    images -> two views -> student and teacher embeddings -> similarities to the queue -> KL
-    -> gradient step -> teacher moves -> keys enter the queue -> features -> scores -> export
+images -> two views -> student and teacher embeddings -> similarities to the queue -> KL
+-> gradient step -> teacher moves -> keys enter the queue -> features -> scores -> export
 
-    train, test = isd_tf.datasets.load("photo_patches")
-    batches = isd_tf.pretraining_batches(train, ("weak", "strong"), 32, 64, seed=0)
-    encoder = isd_tf.build_encoder("tiny_resnet", image_size=32)
-    model = isd_tf.ISD(encoder, *isd_tf.isd_plus_heads(encoder.output_shape[-1]), queue_size=2048)
-    model.compile(isd_tf.TorchSGD(0.06))
-    model.fit(batches, epochs=10, steps_per_epoch=len(train) // 64)
-    scores = isd_tf.knn_accuracy({"student": encoder}, bank, queries)
-    isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
+train, test = isd_tf.datasets.load("photo_patches")
+batches = isd_tf.pretraining_batches(train, ("weak", "strong"), 32, 64, seed=0)
+encoder = isd_tf.build_encoder("tiny_resnet", image_size=32)
+model = isd_tf.ISD(encoder, *isd_tf.isd_plus_heads(encoder.output_shape[-1]), queue_size=2048)
+model.compile(isd_tf.TorchSGD(0.06))
+model.fit(batches, epochs=10, steps_per_epoch=len(train) // 64)
+scores = isd_tf.knn_accuracy({"student": encoder}, bank, queries)
+isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
 from isd_tf import augment, datasets, losses

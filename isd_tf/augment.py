@@ -246,9 +246,7 @@ def apply_jitter(images: tf.Tensor, jitter: Jitter) -> tf.Tensor:
     ranks = tf.range(4)[tf.newaxis]
     views = _apply_affine(images, jitter, ranks < hue_rank[:, tf.newaxis])
     views = _shift_hue(views, jitter.hue)
-    return _apply_affine(
-        views, jitter, ranks > hue_rank[:, tf.newaxis], grayscale=jitter.grayscale
-    )
+    return _apply_affine(views, jitter, ranks > hue_rank[:, tf.newaxis], grayscale=jitter.grayscale)
 
 
 def _apply_affine(images, jitter, active, grayscale=None):
@@ -399,9 +397,10 @@ class _SeededAugmentation(keras_cv.layers.VectorizedBaseImageAugmentationLayer):
 
     def augment_images(self, images, transformations, **kwargs):
         black, white = self.value_range
-        return self.augment((images - black) / (white - black), transformations) * (
-            white - black
-        ) + black
+        return (
+            self.augment((images - black) / (white - black), transformations) * (white - black)
+            + black
+        )
 
     def augment_ragged_image(self, image, transformation, **kwargs):
         return self.augment_images(image[tf.newaxis], transformation[tf.newaxis])[0]

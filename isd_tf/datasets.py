@@ -124,10 +124,13 @@ def load(
     """
     if name == "photo_patches":
         return tuple(
-            ArrayDataset(f"photo_patches/{split}", *photo_patches.make_patches(split),
-                         photo_patches.CLASS_NAMES)
+            ArrayDataset(
+                f"photo_patches/{split}",
+                *photo_patches.make_patches(split),
+                photo_patches.CLASS_NAMES,
+            )
             for split in (train_split, test_split or "test")
-        )  # fmt: skip
+        )
     if name == "folder":
         return _load_folder(data_dir, train_split, test_split)
     if name == "list":
@@ -230,9 +233,10 @@ def _parse_list(lines, image_list):
     """
     heads = [line.strip().lower().replace(" ", "").rstrip(":") for line in lines]
     if "trainimages" in heads:
-        begin, end = heads.index("classnames") if "classnames" in heads else 0, heads.index(
-            "trainimages"
-        )  # fmt: skip
+        begin, end = (
+            heads.index("classnames") if "classnames" in heads else 0,
+            heads.index("trainimages"),
+        )
         class_names = tuple(" ".join(lines[begin + 1 : end]).replace(",", " ").split())
         # A leading slash means the root of ImageNet, not of the machine.
         paths = [line.strip().lstrip("/") for line in lines[end + 1 :] if line.strip()]

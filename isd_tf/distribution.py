@@ -42,9 +42,10 @@ def own_rows(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         return values
     first = tf.distribute.get_replica_context().replica_id_in_sync_group * count
     return tf.slice(
-        values, tf.concat([[first], tf.zeros([tf.rank(values) - 1], tf.int32)], 0),
+        values,
+        tf.concat([[first], tf.zeros([tf.rank(values) - 1], tf.int32)], 0),
         tf.concat([[count], tf.shape(values)[1:]], 0),
-    )  # fmt: skip
+    )
 
 
 def call_shuffled(

@@ -138,9 +138,7 @@ def batch_norm(synchronized: bool, name: str) -> layers.BatchNormalization:
 # -------------------------------------------------------------------------------------- heads
 
 
-def isd_heads(
-    feature_dim: int, synchronized_batch_norm: bool = False
-) -> tuple[None, keras.Model]:
+def isd_heads(feature_dim: int, synchronized_batch_norm: bool = False) -> tuple[None, keras.Model]:
     """ISD: embeddings are the features themselves; the student alone has a predictor.
 
     Returns:

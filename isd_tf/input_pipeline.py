@@ -171,9 +171,7 @@ def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
             row = permuted(next_place, epoch, len(dataset), seed)
             return paths[row], paths[row], labels[row]
 
-        image, label = decode_first_readable(
-            candidate, tf.io.read_file, len(dataset), unreadable
-        )
+        image, label = decode_first_readable(candidate, tf.io.read_file, len(dataset), unreadable)
         return image[tf.newaxis], label[tf.newaxis]
 
     first_place = first_step * global_batch_size

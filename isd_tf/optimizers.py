@@ -56,7 +56,5 @@ class TorchSGD(keras.optimizers.Optimizer):
         self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * buffer)
 
     def get_config(self):
-        mine = dict(
-            sgd_momentum=self.sgd_momentum, coupled_weight_decay=self.coupled_weight_decay
-        )
+        mine = dict(sgd_momentum=self.sgd_momentum, coupled_weight_decay=self.coupled_weight_decay)
         return {**super().get_config(), **mine}

@@ -29,9 +29,7 @@ class CosineByEpoch(keras.optimizers.schedules.LearningRateSchedule):
         return 0.5 * self.initial * (1 + tf.cos(3.141592653589793 * epoch / self.epochs))
 
     def get_config(self):
-        return dict(
-            initial=self.initial, epochs=self.epochs, steps_per_epoch=self.steps_per_epoch
-        )
+        return dict(initial=self.initial, epochs=self.epochs, steps_per_epoch=self.steps_per_epoch)
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -47,9 +45,7 @@ class DropsByEpoch(keras.optimizers.schedules.LearningRateSchedule):
     Source: UMBCvision/ISD util.py:9-22 and train_isd.py:40-47.
     """
 
-    def __init__(
-        self, initial: float, drop_epochs: list[int], factor: float, steps_per_epoch: int
-    ):
+    def __init__(self, initial: float, drop_epochs: list[int], factor: float, steps_per_epoch: int):
         self.initial = initial
         self.drop_epochs = [int(epoch) for epoch in drop_epochs]
         self.factor = factor

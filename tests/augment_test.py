@@ -27,7 +27,9 @@ PATCHES = np.stack(
 
 
 def some_seeds(count, key=0):
-    return tf.stack([tf.fill([count], tf.constant(key, tf.int64)), tf.range(count, dtype=tf.int64)], 1)
+    return tf.stack(
+        [tf.fill([count], tf.constant(key, tf.int64)), tf.range(count, dtype=tf.int64)], 1
+    )
 
 
 def batch(image):
@@ -37,7 +39,9 @@ def batch(image):
 # -------------------------------------------------------------------------------------- crop
 
 
-@pytest.mark.parametrize("box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64)]
+)
 def test_crop_equals_pillows_antialiased_resize(box):
     ours = augment.resize_boxes(batch(PHOTO), tf.constant([box]), 64)[0].numpy()
     top, left, height, width = box
@@ -62,7 +66,9 @@ def torchvision_box(random, height, width):
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
     ours = augment.crop_boxes(some_seeds(4000), height, width).numpy().astype(float)
     random = np.random.default_rng(0)
-    theirs = np.array([b for b in (torchvision_box(random, height, width) for _ in range(4000)) if b])
+    theirs = np.array(
+        [b for b in (torchvision_box(random, height, width) for _ in range(4000)) if b]
+    )
     for value in (
         lambda b: b[:, 2] * b[:, 3] / (height * width),  # area
         lambda b: b[:, 3] / b[:, 2],  # aspect
@@ -88,7 +94,9 @@ def test_where_no_box_fits_the_largest_centred_one_is_taken(height, width, expec
 # ------------------------------------------------------------------------------------ colour
 
 
-def jitter_of(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=(0, 1, 2, 3), gray=False):
+def jitter_of(
+    brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=(0, 1, 2, 3), gray=False
+):
     return augment.Jitter(
         *(tf.constant([v], tf.float32) for v in (brightness, contrast, saturation, hue)),
         tf.constant([order]),
@@ -124,7 +132,9 @@ def test_jitter_equals_torchvisions_operations_in_every_order(order):
     deviations = []
     for patch in PATCHES:
         factors = [*random.uniform(0.6, 1.4, size=3), random.uniform(-0.1, 0.1)]
-        ours = augment.apply_jitter(batch(patch / np.float32(255)), jitter_of(*factors, order=order))
+        ours = augment.apply_jitter(
+            batch(patch / np.float32(255)), jitter_of(*factors, order=order)
+        )
         deviations.append(np.abs(ours[0] - numpy_jitter(patch, *factors, order)).mean())
     assert np.mean(deviations) <= LEVEL
 
@@ -264,7 +274,9 @@ def test_weak_view_crops_flips_and_normalises_only():
     crop = augment.random_resized_crop(tf.constant(PATCHES), seeds, 32)
     crop = augment.random_horizontal_flip(crop, seeds).numpy()
     expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(augment.weak_view(tf.constant(PATCHES), seeds, 32), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        augment.weak_view(tf.constant(PATCHES), seeds, 32), expected, atol=1e-5
+    )
 
 
 def test_strong_view_composes_its_operations_in_order():

@@ -38,20 +38,20 @@ def train(model, directory, until=None, every_steps=4, keep=2):
     checkpoints = checkpointing.Checkpoints(directory, model, keep)
     first_step = checkpoints.restore_newest()
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     class Kill(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if checkpoints.step == until:
-                raise Killed
+                raise KilledError
 
     callbacks = [checkpointing.SaveCheckpoints(checkpoints, every_steps), Kill()]
     try:
         checkpointing.fit_from_step(
             model, batches_from, first_step, STEPS_PER_EPOCH, 3, callbacks=callbacks, verbose=0
         )
-    except Killed:
+    except KilledError:
         pass
     return first_step
 
@@ -62,7 +62,10 @@ def state_of(model):
 
 def assert_same_bits(model, other):
     for variable, ours, theirs in zip(
-        (*model.variables, *model.optimizer.variables), state_of(model), state_of(other), strict=True
+        (*model.variables, *model.optimizer.variables),
+        state_of(model),
+        state_of(other),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs, err_msg=variable.path)
 

@@ -29,7 +29,12 @@ def names(dataset, root):
 
 def test_folder_with_classes(folder):
     train, test = datasets.load("folder", data_dir=str(folder))
-    assert names(train, folder / "train") == ["cat/1.jpg", "cat/deep/2.PNG", "dog/3.jpeg", "dog/4.webp"]
+    assert names(train, folder / "train") == [
+        "cat/1.jpg",
+        "cat/deep/2.PNG",
+        "dog/3.jpeg",
+        "dog/4.webp",
+    ]
     assert train.class_names == test.class_names == ("cat", "dog")
     np.testing.assert_array_equal(train.labels, [0, 0, 1, 1])
     assert len(test) == 4 and test.name.endswith("val")
@@ -118,7 +123,9 @@ def test_photo_patches():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="Received: 'cifar11'. Did you mean .*cifar10.*photo_patches"):
+    with pytest.raises(
+        ValueError, match="Received: 'cifar11'. Did you mean .*cifar10.*photo_patches"
+    ):
         datasets.load("cifar11")
 
 

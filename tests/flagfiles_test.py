@@ -31,7 +31,11 @@ def test_bare_names_are_found_in_experiments_nested_ones_too(experiments):
 def test_the_working_directory_comes_first(experiments):
     (experiments / "base.flags").write_text("--a=theirs\n")
     pathlib.Path("base.flags").write_text("--a=mine\n")
-    for spelled in (["--flagfile=base.flags"], ["--flagfile", "base.flags"], ["-flagfile=base.flags"]):
+    for spelled in (
+        ["--flagfile=base.flags"],
+        ["--flagfile", "base.flags"],
+        ["-flagfile=base.flags"],
+    ):
         assert flagfiles.expand(spelled) == ["--a=mine"]
 
 

@@ -30,7 +30,10 @@ class NumberedImages(tfds.core.GeneratorBasedBuilder):
     broken_file = None
 
     def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=N)}
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=N),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):

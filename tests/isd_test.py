@@ -34,7 +34,9 @@ def test_steps_equal_a_numpy_implementation_of_the_paper(float64):
     random = np.random.default_rng(0)
     for _ in range(6):
         x_teacher, x_student = random.normal(size=(2, B, INPUTS))
-        logs = step({"teacher_view": tf.constant(x_teacher), "student_view": tf.constant(x_student)})
+        logs = step(
+            {"teacher_view": tf.constant(x_teacher), "student_view": tf.constant(x_student)}
+        )
 
         z = x_student @ student
         u, k = unit(z), unit(x_teacher @ teacher)

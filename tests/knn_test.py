@@ -19,7 +19,7 @@ def brute_force(bank, bank_labels, queries, k):
     for query in queries:
         nearest = bank_labels[np.argsort(-(bank @ query), kind="stable")[:k]]
         best = max(np.count_nonzero(nearest == label) for label in nearest)
-        votes.append(next(l for l in nearest if np.count_nonzero(nearest == l) == best))
+        votes.append(next(x for x in nearest if np.count_nonzero(nearest == x) == best))
     return np.array(votes)
 
 

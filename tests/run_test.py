@@ -304,7 +304,10 @@ def test_a_recipe_that_lacks_flags_says_which():
 )  # fmt: skip
 def test_usage_errors_exit_with_a_message_and_no_stack_trace(arguments, message, tmp_path):
     result = subprocess.run(
-        command(*arguments, f"--workdir={tmp_path / 'run'}"), cwd=ROOT, capture_output=True, text=True
+        command(*arguments, f"--workdir={tmp_path / 'run'}"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode != 0
     assert re.search(message, result.stderr), result.stderr

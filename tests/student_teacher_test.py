@@ -24,11 +24,15 @@ def move_student(pair):
 
 def test_teacher_starts_as_a_copy_with_its_own_variables():
     pair = make_pair(0.9)
-    for theirs, ours in zip(pair.teacher_encoder.weights, pair.student_encoder.weights, strict=True):
+    for theirs, ours in zip(
+        pair.teacher_encoder.weights, pair.student_encoder.weights, strict=True
+    ):
         np.testing.assert_array_equal(theirs.numpy(), ours.numpy())
         assert theirs is not ours
     move_student(pair)
-    assert not np.allclose(pair.teacher_encoder.get_weights()[0], pair.student_encoder.get_weights()[0])
+    assert not np.allclose(
+        pair.teacher_encoder.get_weights()[0], pair.student_encoder.get_weights()[0]
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0])
