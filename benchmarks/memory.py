@@ -1,48 +1,46 @@
-"""Resident memory of a training, at step 300 and at step 2000.
+"""Resident memory of a run at step 300 and at step 2000, seen from outside.
 
-    PYTHONPATH=. python benchmarks/memory.py
+    python benchmarks/memory.py
 
-photo_patches, the quickstart's pipeline and model, batch 16.
+Runs the quickstart's recipe by experiments/run.py, checkpoints and logs and all, at batch 16 and
+without the kNN evaluations, whose features come and go; reads /proc/<pid>/status when the
+checkpoints of steps 300, 1000 and 2000 appear.
 """
 
-import os
+import pathlib
+import subprocess
 import sys
+import tempfile
+import time
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import keras
-
-import isd_tf
+RUN = pathlib.Path(__file__).parent.parent / "experiments" / "run.py"
 
 
-def resident_megabytes():
-    with open("/proc/self/status") as file:
+def resident_megabytes(pid):
+    with open(f"/proc/{pid}/status") as file:
         line = next(line for line in file if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 
 
-class Watch(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.seen = {}
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch + 1 in (300, 1000, 2000):
-            self.seen[batch + 1] = resident_megabytes()
-
-
-def main():
-    train, _ = isd_tf.datasets.load("photo_patches")
-    encoder = isd_tf.build_encoder("tiny_resnet", 32)
-    model = isd_tf.ISD(encoder, *isd_tf.isd_heads(encoder.output_shape[-1]), queue_size=1024)
-    model.compile(isd_tf.TorchSGD(0.1))
-    batches = isd_tf.pretraining_batches(train, ("weak", "strong"), 32, 16, seed=0)
-    watch = Watch()
-    model.fit(batches, steps_per_epoch=2000, callbacks=[watch], verbose=0, shuffle=False)
-    for step, megabytes in watch.seen.items():
-        print(f"step {step}: {megabytes:.0f} MB, {megabytes / watch.seen[300]:.3f} of step 300")
+def main(arguments):
+    with tempfile.TemporaryDirectory() as workdir:
+        flags = ["--flagfile=quickstart.flags", "--batch_size=16", "--epochs=4"]
+        flags += ["--knn_every_epochs=0", "--checkpoint_every_steps=100", f"--workdir={workdir}"]
+        process = subprocess.Popen(
+            [sys.executable, str(RUN), *flags, *arguments], stdout=subprocess.DEVNULL
+        )
+        seen = {}
+        for step in (300, 1000, 2000):
+            checkpoint = pathlib.Path(workdir) / "checkpoints" / f"step-{step:08d}"
+            while not checkpoint.exists():
+                if process.poll() is not None:
+                    sys.exit("The run ended early.")
+                time.sleep(0.05)
+            seen[step] = resident_megabytes(process.pid)
+            print(f"step {step}: {seen[step]:.0f} MB, {seen[step] / seen[300]:.3f} of step 300")
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

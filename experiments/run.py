@@ -7,6 +7,8 @@ Flag files are looked for in the working directory and then beside this file. Th
 the same workdir continues where it was stopped.
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -28,7 +30,7 @@ from absl import app, flags, logging  # noqa: E402
 import isd_tf  # noqa: E402
 from isd_tf import checkpoints as checkpointing  # noqa: E402
 from isd_tf import distribution, encoders, monitoring  # noqa: E402
-from isd_tf.decoding import Unreadable  # noqa: E402
+from isd_tf.decoding import Unreadable, explaining  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -91,6 +93,20 @@ NOT_RECIPE = (
     "data_dir image_list test_split max_unreadable workdir stages strategy logical_cpus "
     "checkpoint_every_steps keep_checkpoints log_every_steps knn_every_epochs export_encoder"
 ).split()
+LARGE = 2**63
+RANGES = {  # Of those that no class of the package checks.
+    "epochs": (1, LARGE),
+    "batch_size": (1, LARGE),
+    "queue_size": (1, LARGE),
+    "seed": (0, 2**31),
+    "drop_factor": (0, 1),
+    "max_unreadable": (0, 1),
+    "logical_cpus": (1, 1024),
+    "checkpoint_every_steps": (0, LARGE),
+    "keep_checkpoints": (1, LARGE),
+    "log_every_steps": (1, LARGE),
+    "knn_every_epochs": (0, LARGE),
+}
 REQUIRED = (
     "dataset image_size views encoder heads queue_size teacher_temperature student_temperature "
     "teacher_momentum epochs batch_size learning_rate workdir".split()
@@ -102,46 +118,44 @@ def main(argv):
         # TensorFlow's notes on each save would bury what a run prints.
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
-    require_flags(argv)
+    check_flags(argv)
     keras.utils.set_random_seed(FLAGS.seed)
     strategy = choose_devices()
-    train, test = isd_tf.datasets.load(
-        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
-    )
-    check_sizes(train)
-
-    workdir = open_workdir()
-    steps_per_epoch = len(train) // FLAGS.batch_size
+    train, test = load_data()
+    steps_per_epoch = len(train) // FLAGS.batch_size if train else 1
     model = build_model(strategy, steps_per_epoch)
-    checkpoints = checkpointing.Checkpoints(workdir / "checkpoints", model, FLAGS.keep_checkpoints)
-    first_step = checkpoints.restore_newest()
-    labelled = isd_tf.datasets.is_labelled(train)
-    classes = f"{len(train.class_names)} classes" if labelled else "no labels"
-    say(f"{train.name}: {len(train)} images, {classes}.")
-    if first_step:
-        say(f"Continuing {workdir} after step {first_step}.")
 
-    results = {}
-    if "pretrain" in FLAGS.stages:
-        results |= pretrain(model, checkpoints, first_step, train, test, workdir)
-    elif not first_step:
-        raise ValueError(
-            f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
+    with locked_workdir() as workdir:
+        checkpoints = checkpointing.Checkpoints(
+            workdir / "checkpoints", model, FLAGS.keep_checkpoints
         )
-    results["step"] = checkpoints.step
-    if "evaluate" in FLAGS.stages:
-        results |= evaluate(model, train, test)
-    if "export" in FLAGS.stages:
-        encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
-        path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
-        say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-    write_results(workdir, results)
+        begin_or_continue(workdir, checkpoints, train)
+        first_step = checkpoints.restore_newest()
+        if first_step:
+            say(f"Continuing {workdir} after step {first_step}.")
+
+        unreadable = [Unreadable(len(data), FLAGS.max_unreadable) for data in (train, test) if data]
+        with explaining(*unreadable):
+            if "pretrain" in FLAGS.stages:
+                pretrain(model, checkpoints, first_step, train, test, unreadable, workdir)
+            elif not first_step:
+                raise ValueError(
+                    f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to "
+                    "--stages."
+                )
+            if "evaluate" in FLAGS.stages:
+                evaluate(model, train, test, unreadable, workdir)
+        if "export" in FLAGS.stages:
+            encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
+            path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
+            say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+        say(f"Results: {record(workdir, {'step': checkpoints.step})}")
 
 
 # ---------------------------------------------------------------------------------- chapters
 
 
-def require_flags(argv):
+def check_flags(argv):
     if argv[1:]:
         raise ValueError(f"Arguments must be flags. Received: {' '.join(argv[1:])}.")
     unset = [name for name in REQUIRED if FLAGS[name].value is None]
@@ -156,10 +170,14 @@ def require_flags(argv):
             f"Unknown stages. Expected some of {', '.join(STAGES)}. "
             f"Received: --stages={','.join(FLAGS.stages)}."
         )
-    for name in ("epochs", "batch_size", "queue_size", "log_every_steps", "keep_checkpoints"):
-        if FLAGS[name].value < 1:
-            raise ValueError(f"--{name} must be at least 1. Received: {FLAGS[name].value}.")
-    if not FLAGS.learning_rate > 0:
+    for name, (low, high) in RANGES.items():
+        if not low <= FLAGS[name].value <= high:
+            raise ValueError(
+                f"--{name} must be at least {low:g}"
+                + (f" and at most {high:g}" if high < LARGE else "")
+                + f". Received: {FLAGS[name].value}."
+            )
+    if not 0 < FLAGS.learning_rate < LARGE:
         raise ValueError(f"--learning_rate must be positive. Received: {FLAGS.learning_rate}.")
     if FLAGS.queue_size < FLAGS.batch_size:
         raise ValueError(
@@ -173,6 +191,11 @@ def require_flags(argv):
                 "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
+    isd_tf.input_pipeline.check_views(views())
+
+
+def views():
+    return tuple(FLAGS.views.split("/"))
 
 
 def choose_devices():
@@ -180,6 +203,8 @@ def choose_devices():
         cpu = tf.config.list_physical_devices("CPU")[0]
         parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus
         tf.config.set_logical_device_configuration(cpu, parts)
+    if "pretrain" not in FLAGS.stages:
+        return distribution.choose_strategy("one")
     strategy = distribution.choose_strategy(FLAGS.strategy)
     replicas = strategy.num_replicas_in_sync
     if FLAGS.batch_size % replicas:
@@ -195,7 +220,15 @@ def choose_devices():
     return strategy
 
 
-def check_sizes(train):
+def load_data():
+    if FLAGS.stages == ["export"]:
+        return None, None
+    train, test = isd_tf.datasets.load(
+        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
+    )
+    labelled = isd_tf.datasets.is_labelled(train)
+    classes = f"{len(train.class_names)} classes" if labelled else "no labels"
+    say(f"{train.name}: {len(train)} images, {classes}.")
     if FLAGS.batch_size > len(train):
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
@@ -208,25 +241,55 @@ def check_sizes(train):
             FLAGS.queue_size,
             len(train),
         )
+    return train, test
 
 
-def open_workdir():
+@contextlib.contextmanager
+def locked_workdir():
+    """Makes the workdir, and keeps other processes out of it."""
     workdir = pathlib.Path(FLAGS.workdir)
-    mine = FLAGS.get_flags_for_module(__name__)
-    path = workdir / "run.flags"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        flagfiles.require_same(path, [flag for flag in mine if flag.name not in NOT_RECIPE])
-        flagfiles.write(path, mine)
-        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-        (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+        lock = open(workdir / ".lock", "w")
     except OSError as error:
         raise OSError(
             f"--workdir must be a folder that can be written. Received: {FLAGS.workdir} ({error})."
         ) from error
-    return workdir
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"Another process is at work in {workdir}. Wait for it, or use another --workdir."
+            ) from None
+        yield workdir
+
+
+def begin_or_continue(workdir, checkpoints, train):
+    """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
+    mine = FLAGS.get_flags_for_module(__name__)
+    data = workdir / "dataset.json"
+    fingerprint = (
+        {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
+    )
+    if not checkpoints.exist:
+        flagfiles.write(workdir / "run.flags", mine)
+        data.write_text(json.dumps(fingerprint) + "\n")
+    else:
+        recipe = [flag for flag in mine if flag.name not in NOT_RECIPE]
+        flagfiles.require_same(workdir / "run.flags", recipe)
+        before = json.loads(data.read_text()) if data.exists() else fingerprint
+        if train and before != fingerprint:
+            raise ValueError(
+                f"The workdir {workdir} was begun with other images: {before['images']} then, "
+                f"{len(train)} of {train.name} now"
+                + (", the same number but not the same" if before["images"] == len(train) else "")
+                + ". Restore them to continue it, or use another --workdir."
+            )
+    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 def build_model(strategy, steps_per_epoch):
@@ -253,65 +316,70 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def pretrain(model, checkpoints, first_step, train, test, workdir):
+def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
     steps_per_epoch = len(train) // FLAGS.batch_size
     if first_step >= FLAGS.epochs * steps_per_epoch:
         say("The pretraining is complete.")
-        return {}
-    unreadable = Unreadable(len(train), FLAGS.max_unreadable)
+        return
 
     def batches_from(step):
         return isd_tf.pretraining_batches(
             train,
-            tuple(FLAGS.views.split("/")),
+            views(),
             FLAGS.image_size,
             FLAGS.batch_size,
             FLAGS.seed,
             step,
-            unreadable,
+            unreadable[0],
         )
 
     history = keras.callbacks.History()
+    interactive = sys.stdout.isatty()
     callbacks = [
+        monitoring.EpochMeans(),
         monitoring.Throughput(FLAGS.batch_size),
         checkpointing.StopAtNonFiniteLoss(checkpoints),
+        *([] if interactive else [monitoring.ProgressLines()]),
+        *knn_callback(train, test, unreadable),
         checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
         history,
     ]
-    if FLAGS.knn_every_epochs and can_score(train, test):
-        bank, queries = evaluation_data(train, test)
-        callbacks.insert(1, knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs))
     start = time.monotonic()
-    try:
-        checkpointing.fit_from_step(
-            model,
-            batches_from,
-            first_step,
-            steps_per_epoch,
-            FLAGS.epochs,
-            callbacks=callbacks,
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
-    except tf.errors.OpError:
-        unreadable.check()  # Says in one sentence what the input pipeline died of, if of this.
-        raise
-    results = {name: float(values[-1]) for name, values in history.history.items()}
-    results["pretrain_seconds"] = time.monotonic() - start
-    results["unreadable_images"] = len(unreadable.names)
-    return results
+    checkpointing.fit_from_step(
+        model,
+        batches_from,
+        first_step,
+        steps_per_epoch,
+        FLAGS.epochs,
+        callbacks=callbacks,
+        verbose=1 if interactive else 2,
+    )
+    # The last epoch's; accuracies are the evaluation's to tell.
+    results = {
+        name: float(values[-1])
+        for name, values in history.history.items()
+        if not name.endswith("nn")
+    }
+    results["pretrain_seconds_since_start"] = time.monotonic() - start
+    results["unreadable_images"] = len(unreadable[0].names)
+    record(workdir, results | {"step": checkpoints.step})
 
 
-def evaluate(model, train, test):
-    if not can_score(train, test):
-        problem = (
-            "The evaluation needs labelled training images and a labelled test split; "
-            f"{train.name} {'has no test split' if test is None else 'has no labels'}."
-        )
+def knn_callback(train, test, unreadable):
+    if not FLAGS.knn_every_epochs or reason_not_to_score(train, test):
+        return []
+    bank, queries = evaluation_data(train, test, unreadable)
+    return [knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs)]
+
+
+def evaluate(model, train, test, unreadable, workdir):
+    reason = reason_not_to_score(train, test)
+    if reason:
         if FLAGS.stages == ["evaluate"]:
-            raise ValueError(f"{problem} Name one by --test_split, or drop the stage.")
-        say(f"{problem} Not evaluated.")
-        return {}
+            raise ValueError(f"The evaluation needs labelled images: {reason}")
+        say(f"Not evaluated: {reason}")
+        return
     keras.utils.set_random_seed(FLAGS.seed)  # As when the student was built.
     contestants = {
         "raw_pixels": knn.raw_pixels,
@@ -319,37 +387,44 @@ def evaluate(model, train, test):
         "student": model.student_encoder,
         "teacher": model.teacher_encoder,
     }
-    scores = isd_tf.knn_accuracy(contestants, *evaluation_data(train, test))
+    scores = isd_tf.knn_accuracy(contestants, *evaluation_data(train, test, unreadable))
     say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(train)}:")
     say(f"{'':20}{'1-NN':>8}{'20-NN':>8}")
     for name in contestants:
         one, twenty = scores[f"{name}_1nn"], scores[f"{name}_20nn"]
         say(f"{name.replace('_', ' '):20}{one:>8.1%}{twenty:>8.1%}")
     say("")
-    return scores
+    record(workdir, scores)
 
 
-def can_score(train, test):
-    return test is not None and all(isd_tf.datasets.is_labelled(split) for split in (train, test))
+def reason_not_to_score(train, test):
+    """Why kNN cannot be scored on these data, or None."""
+    if test is None:
+        return f"{train.name} has no test split. Name one by --test_split."
+    for split in (train, test):
+        if not isd_tf.datasets.is_labelled(split):
+            return f"{split.name} has no labels."
+    if len(train) < 20:
+        return f"20-NN needs at least 20 images, and {train.name} has {len(train)}."
+    return None
 
 
-def evaluation_data(train, test):
+def evaluation_data(train, test, unreadable):
     return [
-        isd_tf.evaluation_batches(
-            split, FLAGS.image_size, EVALUATION_BATCH, Unreadable(len(split), FLAGS.max_unreadable)
-        )
-        for split in (train, test)
+        isd_tf.evaluation_batches(split, FLAGS.image_size, EVALUATION_BATCH, counter)
+        for split, counter in zip((train, test), unreadable, strict=True)
     ]
 
 
-def write_results(workdir, results):
+def record(workdir, results):
+    """Adds figures to results.json, and returns its path."""
     path = workdir / "results.json"
     if path.exists():
         results = json.loads(path.read_text()) | results
     unfinished = workdir / "results.json.unfinished"
     unfinished.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
-    say(f"Results: {path}")
+    return path
 
 
 def say(text):
@@ -357,12 +432,13 @@ def say(text):
 
 
 def readable_errors(argv):
-    """Ends usage errors in one sentence; --verbosity=1 shows where they came from."""
+    """Ends errors in one sentence, and with --verbosity=1 in a stack trace as well."""
     try:
         main(argv)
     except (ValueError, OSError, FloatingPointError) as error:
-        logging.debug("The error in full:", exc_info=True)
-        sys.exit(f"run.py: {error}")
+        if FLAGS.verbosity >= 1:
+            raise
+        sys.exit(f"run.py: {error}\n(--verbosity=1 shows where this was found.)")
 
 
 if __name__ == "__main__":

@@ -76,14 +76,15 @@ def evaluation_view(images: tf.Tensor, size: int) -> tf.Tensor:
     height, width = tf.shape(images)[1], tf.shape(images)[2]
 
     def resize_and_crop():
-        shorter = tf.minimum(height, width)
-        resized_side = round(size * 256 / 224)
-        # torchvision rounds the longer side down.
-        new_height, new_width = height * resized_side // shorter, width * resized_side // shorter
-        resized = tf.image.resize(images, [new_height, new_width], antialias=True)
-        # torchvision's CenterCrop rounds half to even.
-        top = tf.cast(tf.round((new_height - size) / 2), tf.int32)
-        left = tf.cast(tf.round((new_width - size) / 2), tf.int32)
+        # What lies far outside the central square shows nowhere, and could be gigabytes if resized.
+        top, left = tf.maximum(height - 2 * width, 0) // 2, tf.maximum(width - 2 * height, 0) // 2
+        central = images[:, top : height - top, left : width - left]
+        resized_shorter = round(size * 256 / 224)
+        sides = tf.shape(central)[1:3]
+        # torchvision rounds the longer side down, and half of the margin to even.
+        new_sides = sides * resized_shorter // tf.reduce_min(sides)
+        resized = tf.image.resize(central, new_sides, antialias=True)
+        top, left = tf.unstack(tf.cast(tf.round((new_sides - size) / 2), tf.int32))
         return resized[:, top : top + size, left : left + size]
 
     has_training_size = tf.logical_and(tf.equal(height, size), tf.equal(width, size))

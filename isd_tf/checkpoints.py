@@ -48,7 +48,7 @@ class Checkpoints:
             if not np.isfinite(variable.numpy()).all():
                 raise FloatingPointError(
                     f"The weight {variable.path} is no longer finite at step {self.step}. "
-                    f"{self._newest_in_words()} Lower the learning rate or raise the temperatures."
+                    f"{self.advice()}"
                 )
         place = self._place(self.step)
         if place.exists():
@@ -75,8 +75,16 @@ class Checkpoints:
             path = str(self._place(step) / "state")
             problem = _read_problem(path)
             if problem:
+                # Out of the way, so that this step can be saved again.
+                damaged = self.directory / f"damaged-{step:08d}"
+                shutil.rmtree(damaged, ignore_errors=True)
+                self._place(step).rename(damaged)
                 logging.warning(
-                    "Checkpoint %s cannot be read (%s); taking the one before.", path, problem
+                    "The checkpoint of step %d cannot be read (%s) and is now %s; taking the one "
+                    "before.",
+                    step,
+                    problem,
+                    damaged,
                 )
                 continue
             try:
@@ -90,16 +98,24 @@ class Checkpoints:
             return step
         if steps:
             raise ValueError(
-                f"None of the {len(steps)} checkpoints in {self.directory} can be read. "
-                "Remove that folder to start anew, or restore it from a copy."
+                f"None of the {len(steps)} checkpoints in {self.directory} can be read. Restore "
+                "them from a copy, or use another --workdir to start anew."
             )
         return 0
 
-    def _newest_in_words(self):
+    @property
+    def exist(self) -> bool:
+        """Whether there is one to continue from."""
+        return bool(self._steps())
+
+    def advice(self) -> str:
+        """Where the last good checkpoint is, and what to do when values are no longer finite."""
         steps = self._steps()
-        if not steps:
-            return "There is no earlier checkpoint."
-        return f"The last good checkpoint is {self._place(steps[0])}."
+        newest = f"The last good checkpoint is {self._place(steps[0])}." if steps else ""
+        return (
+            f"{newest} The same flags would end in the same way: lower --learning_rate or raise "
+            "the temperatures, in another --workdir."
+        )
 
     def _place(self, step):
         return self.directory / f"step-{step:08d}"
@@ -111,7 +127,7 @@ class Checkpoints:
 
 
 class SaveCheckpoints(keras.callbacks.Callback):
-    """Saves every few steps and at the end of every epoch.
+    """Saves every few steps and at the end of every epoch. Stands behind other evaluations.
 
     Args:
         checkpoints: where.
@@ -124,7 +140,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self.every_steps = every_steps
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.every_steps and self.checkpoints.step % self.every_steps == 0:
+        # The last step is saved when the epoch's evaluations are done, or they could be lost.
+        is_last = batch + 1 == self.params["steps"]
+        if self.every_steps and self.checkpoints.step % self.every_steps == 0 and not is_last:
             self.checkpoints.save()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -146,8 +164,7 @@ class StopAtNonFiniteLoss(keras.callbacks.Callback):
         if not np.isfinite(logs["loss"]):
             raise FloatingPointError(
                 f"The loss is {logs['loss']} at step {self.checkpoints.step}. "
-                f"{self.checkpoints._newest_in_words()} Lower the learning rate or raise the "
-                "temperatures."
+                f"{self.checkpoints.advice()}"
             )
 
 

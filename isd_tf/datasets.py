@@ -6,6 +6,7 @@ to reach them, and their labels if they have any. Order, decoding and views are 
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import pathlib
 
@@ -91,7 +92,7 @@ Dataset = ArrayDataset | FileDataset | RecordDataset
 
 
 def is_labelled(dataset: Dataset) -> bool:
-    """Whether every image has a label."""
+    """Whether the images have labels."""
     if isinstance(dataset, RecordDataset):
         return dataset.label_key is not None
     return dataset.labels is not None
@@ -138,6 +139,25 @@ def load(
     return _load_tfds(name, train_split, test_split, data_dir)
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Returns a digest of which images a dataset holds in which order, wherever they are stored.
+
+    Of files it takes names and labels, of TFDS records shards and counts, of arrays all values.
+    """
+    digest = hashlib.sha256()
+    if isinstance(dataset, ArrayDataset):
+        digest.update(dataset.images.tobytes())
+    elif isinstance(dataset, FileDataset):
+        root = os.path.commonpath([os.path.dirname(path) for path in dataset.paths])
+        digest.update(b"\0".join(os.fsencode(os.path.relpath(p, root)) for p in dataset.paths))
+    else:
+        shards = [os.path.basename(file) for file in dataset.files]
+        digest.update(repr((shards, dataset.skips, dataset.takes)).encode())
+    if not isinstance(dataset, RecordDataset) and dataset.labels is not None:
+        digest.update(dataset.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------------------- files
 
 
@@ -150,17 +170,17 @@ def _load_folder(data_dir, train_split, test_split):
             f"The image folder does not exist. Received: --data_dir={data_dir}. "
             "Expected a folder with train/<class>/ inside, or with images at any depth."
         )
+    found = [split for split in ("test", "validation", "val") if (root / split).is_dir()]
     if not (root / train_split).is_dir():
-        if test_split:
+        if test_split or found or train_split != "train":
             raise FileNotFoundError(
-                f"A folder with a test split {test_split!r} needs its training images in "
-                f"{train_split!r}. Received: {root}, which has no such subfolder."
+                f"The folder {root} has no subfolder {train_split!r} to train on. Name the right "
+                "one by --train_split, or give a folder that holds training images only."
             )
         return _scan_folder(root, labelled=False), None
     train = _scan_folder(root / train_split, labelled=True)
-    if test_split is None:
-        found = [split for split in ("test", "validation", "val") if (root / split).is_dir()]
-        test_split = found[0] if found else None
+    if test_split is None and found:
+        test_split = found[0]
     if test_split is None:
         return train, None
     if not (root / test_split).is_dir():
@@ -172,8 +192,16 @@ def _load_folder(data_dir, train_split, test_split):
 
 def _scan_folder(folder, labelled, class_names=None):
     """Lists the images below a folder; its immediate subfolders are the classes, if any are."""
-    paths = []
-    for directory, subdirectories, files in os.walk(folder):
+
+    def fail(error):
+        raise error
+
+    paths, visited = [], set()
+    for directory, subdirectories, files in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(directory) in visited:  # A link back up.
+            subdirectories.clear()
+            continue
+        visited.add(os.path.realpath(directory))
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         paths += [
             os.path.join(directory, file)
@@ -186,7 +214,15 @@ def _scan_folder(folder, labelled, class_names=None):
             f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
         )
     tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    if not labelled or any(len(parts) == 1 for parts in tops):
+    beside = [parts[0] for parts in tops if len(parts) == 1]
+    if labelled and beside and len(beside) < len(paths):
+        logging.warning(
+            "%s holds %d images beside its subfolders, such as %s: no image is taken as labelled.",
+            folder,
+            len(beside),
+            beside[0],
+        )
+    if not labelled or beside:
         return FileDataset(str(folder), tuple(paths))
     classes = [parts[0] for parts in tops]
     names = class_names or tuple(sorted(set(classes)))
@@ -371,7 +407,7 @@ def _open_split(builder, split):
     takes = tuple(
         shard.take if shard.take >= 0 else shard.examples_in_shard - shard.skip for shard in shards
     )
-    return RecordDataset(
+    dataset = RecordDataset(
         name,
         tuple(str(shard.filename) for shard in shards),
         tuple(shard.skip for shard in shards),
@@ -381,6 +417,11 @@ def _open_split(builder, split):
         label_key,
         class_names,
     )
+    first = next(iter(tf.data.TFRecordDataset(dataset.files[0])))
+    if label_key and int(dataset.parse(first)[1]) < 0:
+        # TFDS marks the unknown labels of a whole split by -1.
+        return dataclasses.replace(dataset, label_key=None, class_names=())
+    return dataset
 
 
 def _read_into_memory(builder, split, name, image_key, label_key, class_names):
@@ -392,5 +433,6 @@ def _read_into_memory(builder, split, name, image_key, label_key, class_names):
     images = np.stack(images)
     if images.shape[-1] == 1:
         images = np.repeat(images, 3, axis=-1)
-    labels = np.array(labels, np.int64) if label_key else None
-    return ArrayDataset(name, images, labels, class_names)
+    labels = np.array(labels, np.int64)
+    # TFDS marks the unknown labels of a whole split by -1.
+    return ArrayDataset(name, images, None if (labels < 0).any() else labels, class_names)

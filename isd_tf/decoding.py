@@ -5,9 +5,10 @@ forms that TensorFlow does not); what neither can read is replaced by the next c
 and named in the log, so that no later batch shifts.
 """
 
+import contextlib
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -39,19 +40,27 @@ class Unreadable:
                 logging.warning("Unreadable image, replaced by the next one: %s (%s)", name, reason)
         self.check()
 
-    @property
-    def too_many(self) -> bool:
-        return len(self.names) > self.limit * self.total
-
     def check(self) -> None:
         """Raises ValueError when more than the allowed share of the images is unreadable."""
-        if self.too_many:
+        count = len(self.names)
+        if count > self.limit * self.total or count == self.total:
             some = ", ".join(sorted(self.names)[:3])
             raise ValueError(
                 f"At most {self.limit:.1%} of the images may be unreadable. Received: "
-                f"{len(self.names)} of {self.total}, for example {some}. "
+                f"{count} of {self.total}, for example {some}. "
                 "Repair or remove them, or raise --max_unreadable."
             )
+
+
+@contextlib.contextmanager
+def explaining(*counters: Unreadable) -> Iterator[None]:
+    """Turns TensorFlow's error, where too many unreadable images caused it, into `check`'s."""
+    try:
+        yield
+    except tf.errors.OpError:
+        for counter in counters:
+            counter.check()
+        raise
 
 
 def decode_first_readable(
@@ -78,7 +87,7 @@ def decode_first_readable(
         image = tf.cond(
             tf.size(image) > 0,
             lambda: image,
-            lambda: _decode_by_pillow(_bytes_or_empty(source, read), name, unreadable),
+            lambda: _decode_by_pillow(source, read, name, unreadable),
         )
         return number + 1, image, label
 
@@ -108,10 +117,6 @@ def _decode_or_empty(source, read):
     return _or_else(source, lambda source: decode(read(source)), tf.zeros([0, 0, 3], tf.uint8))
 
 
-def _bytes_or_empty(source, read):
-    return _or_else(source, read, tf.constant(b""))
-
-
 def _or_else(source, function, default):
     """Returns function(source), or `default` where it fails.
 
@@ -122,15 +127,15 @@ def _or_else(source, function, default):
     return result.concatenate(default).take(1).get_single_element()
 
 
-def _decode_by_pillow(encoded, name, unreadable):
-    def decode_or_report(encoded, name):
+def _decode_by_pillow(source, read, name, unreadable):
+    def decode_or_report(source, name):
         try:
-            return pillow_decode(encoded)
+            return pillow_decode(read(tf.constant(source)).numpy())
         except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
             unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
             return np.zeros([0, 0, 3], np.uint8)
 
-    image = tf.numpy_function(decode_or_report, [encoded, name], tf.uint8, stateful=True)
+    image = tf.numpy_function(decode_or_report, [source, name], tf.uint8, stateful=True)
     return tf.ensure_shape(image, [None, None, 3])
 
 

@@ -82,6 +82,10 @@ class FeatureQueue(keras.layers.Layer):
                 f"Received: size={self.size}."
             )
         count = tf.shape(embeddings, out_type=tf.int64)[0]
+        if embeddings.shape[0] is None:
+            tf.debugging.assert_less_equal(
+                count, tf.constant(self.size, tf.int64), "The batch is larger than the queue."
+            )
         places = tf.math.floormod(self.pointer.value + tf.range(count), self.size)
         if labels is None:
             labels = tf.fill([count], tf.constant(UNKNOWN_LABEL, tf.int64))

@@ -6,6 +6,8 @@ and the number of replicas changes nothing. For arrays and files this holds imag
 streams of TFRecord files it holds as long as the shards and STREAM_* constants stay the same.
 """
 
+import os
+
 import numpy as np
 import tensorflow as tf
 
@@ -52,11 +54,7 @@ def pretraining_batches(
     Raises:
         ValueError: for an unknown recipe, or a batch larger than the dataset.
     """
-    if len(views) != 2 or not set(views) <= set(augment.RECIPES):
-        raise ValueError(
-            f"Unknown views. Expected two of {', '.join(augment.RECIPES)}, the teacher's and then "
-            f"the student's, such as weak/strong. Received: {'/'.join(views)}."
-        )
+    check_views(views)
     if not 1 <= global_batch_size <= len(dataset):
         raise ValueError(
             f"A batch must have at least 1 image and at most the dataset's {len(dataset)}. "
@@ -110,21 +108,21 @@ def evaluation_batches(
         images = images.batch(batch_size)
     else:
         if isinstance(dataset, FileDataset):
-            files = tf.data.Dataset.from_tensor_slices((list(dataset.paths), _labels(dataset)))
+            files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
             images = files.map(
                 lambda path, label: decode_one(path, tf.io.read_file, path, label),
                 tf.data.AUTOTUNE,
             )
         else:
-            shards = (list(dataset.files), list(dataset.skips), list(dataset.takes))
+            counts = (np.array(values, np.int64) for values in (dataset.skips, dataset.takes))
+            shards = (list(dataset.files), *counts)
             records = tf.data.Dataset.from_tensor_slices(shards).flat_map(_shard_records)
 
-            def decode_record(place, record):
+            def decode_record(file, index, record):
                 encoded, label = dataset.parse(record)
-                name = tf.strings.format(f"{dataset.name}, record {{}}", place)
-                return decode_one(encoded, tf.identity, name, label)
+                return decode_one(encoded, tf.identity, _record_name(file, index), label)
 
-            images = records.enumerate().map(decode_record, tf.data.AUTOTUNE)
+            images = records.map(decode_record, tf.data.AUTOTUNE)
         images = images.filter(lambda image, label: tf.size(image) > 0).batch(1)
 
     views = images.map(
@@ -132,6 +130,15 @@ def evaluation_batches(
         tf.data.AUTOTUNE,
     )
     return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+
+
+def check_views(views: tuple[str, ...]) -> None:
+    """Raises ValueError unless `views` names two recipes."""
+    if len(views) != 2 or not set(views) <= set(augment.RECIPES):
+        raise ValueError(
+            f"Unknown views. Expected two of {', '.join(augment.RECIPES)}, the teacher's and then "
+            f"the student's, such as weak/strong. Received: {'/'.join(views)}."
+        )
 
 
 def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
@@ -146,7 +153,8 @@ def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.T
 
 def _array_batches(dataset, global_batch_size, seed, first_step, unreadable):
     del unreadable  # Arrays are decoded.
-    all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
+    with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
+        all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
     steps_per_epoch = len(dataset) // global_batch_size
 
     def gather_batch(step):
@@ -159,7 +167,7 @@ def _array_batches(dataset, global_batch_size, seed, first_step, unreadable):
 
 
 def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
-    paths, labels = tf.constant(dataset.paths), tf.constant(_labels(dataset))
+    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
     images_per_epoch = len(dataset) // global_batch_size * global_batch_size
 
     def decode_image(place):
@@ -171,6 +179,7 @@ def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
             row = permuted(next_place, epoch, len(dataset), seed)
             return paths[row], paths[row], labels[row]
 
+        # When none can be read, `unreadable` ends the run.
         image, label = decode_first_readable(candidate, tf.io.read_file, len(dataset), unreadable)
         return image[tf.newaxis], label[tf.newaxis]
 
@@ -181,43 +190,57 @@ def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
 def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
     images_per_epoch = len(dataset) // global_batch_size * global_batch_size
     first_epoch, skipped = divmod(first_step * global_batch_size, images_per_epoch)
-    files, skips, takes = (
-        tf.constant(values) for values in (dataset.files, dataset.skips, dataset.takes)
-    )
+    files = tf.constant(dataset.files)
+    skips, takes = (tf.constant(values, tf.int64) for values in (dataset.skips, dataset.takes))
 
     def epoch_of_records(epoch):
         key = tf.stack([tf.constant(seed, tf.int64), epoch])
         order = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
         shards = tuple(tf.gather(values, order) for values in (files, skips, takes))
-        records = tf.data.Dataset.from_tensor_slices(shards).interleave(
+        in_shards = tf.data.Dataset.from_tensor_slices(shards).interleave(
             _shard_records, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
         )
+        # `shuffle` would mix the program's global seed in. This sets that of this function's graph
+        # alone; 0 would make it fail, as it compares both seeds with 0 in Python.
+        tf.compat.v1.set_random_seed(1)
         # One key a (seed, epoch): a training has fewer than a million epochs.
-        records = records.shuffle(
+        shuffled = in_shards.shuffle(
             STREAM_BUFFER, seed=seed * 1_000_000 + epoch, reshuffle_each_iteration=False
         )
-        # Each record with those that would replace it.
-        windows = records.window(STREAM_CANDIDATES, shift=1)
-        windows = windows.flat_map(lambda window: window.batch(STREAM_CANDIDATES))
-        return windows.enumerate().take(images_per_epoch)
+        # Each record with those that would replace it; the last ones are followed by some again.
+        extended = shuffled.concatenate(in_shards.take(STREAM_CANDIDATES - 1))
+        windows = extended.window(STREAM_CANDIDATES, shift=1, drop_remainder=True)
+        windows = windows.flat_map(
+            lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))
+        )
+        return windows.take(images_per_epoch)
 
-    def decode_record(place, window):
+    def decode_record(files, indices, records):
         def candidate(attempt):
-            encoded, label = dataset.parse(window[attempt])
-            name = tf.strings.format(f"{dataset.name}, shuffled record {{}}", place + attempt)
-            return encoded, name, label
+            encoded, label = dataset.parse(records[attempt])
+            return encoded, _record_name(files[attempt], indices[attempt]), label
 
-        attempts = tf.size(window, out_type=tf.int64)
-        image, label = decode_first_readable(candidate, tf.identity, attempts, unreadable)
-        return image[tf.newaxis], label[tf.newaxis]
+        image, label = decode_first_readable(candidate, tf.identity, STREAM_CANDIDATES, unreadable)
+        message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [message])]):
+            return image[tf.newaxis], label[tf.newaxis]
 
     windows = tf.data.Dataset.counter(first_epoch).flat_map(epoch_of_records).skip(skipped)
     return windows.map(decode_record, tf.data.AUTOTUNE)
 
 
 def _shard_records(file, skip, take):
-    take, skip = tf.cast(take, tf.int64), tf.cast(skip, tf.int64)
-    return tf.data.TFRecordDataset(file).skip(skip).take(take)
+    """The records of a shard that belong to the split: (file, index in it, record)."""
+    records = tf.data.TFRecordDataset(file).enumerate().skip(skip).take(take)
+    return records.map(lambda index, record: (file, index, record))
+
+
+def _record_name(file, index):
+    return tf.strings.join([file, ", record ", tf.strings.as_string(index)])
+
+
+def _paths(dataset):
+    return [os.fsencode(path) for path in dataset.paths]  # A name need not be UTF-8.
 
 
 def _labels(dataset):

@@ -15,6 +15,7 @@ from isd_tf.student_teacher import StudentTeacher
 PURITY_NEIGHBORS = 5
 
 
+@keras.saving.register_keras_serializable("isd_tf")
 class ISD(StudentTeacher):
     """A student that learns to see the neighbourhood which a slowly moving teacher sees.
 
@@ -69,15 +70,15 @@ class ISD(StudentTeacher):
             ("teacher_temperature", teacher_temperature),
             ("student_temperature", student_temperature),
         ):
-            if not value > 0:
-                raise ValueError(f"{name} must be greater than 0. Received: {value}.")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be greater than 0, and finite. Received: {value}.")
         self.teacher_temperature = teacher_temperature
         self.student_temperature = student_temperature
         self.queue = FeatureQueue(queue_size, self.embedding_dim, seed)
 
     def train_step(self, batch):
         labels = batch.get("label")  # [b], never part of the loss
-        learning_rate = self.optimizer.learning_rate
+        learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
 
         # Forward pass. The teacher's answer is the target and carries no gradient.
         teacher_embeddings = self.embed_teacher(batch["teacher_view"])  # [b, D] unit rows
@@ -111,8 +112,16 @@ class ISD(StudentTeacher):
 
         spread = tf.reduce_mean(tf.math.reduce_std(embeddings, axis=0))
         monitored["embedding_std"] = spread * float(self.embedding_dim) ** 0.5
-        monitored["learning_rate"] = tf.convert_to_tensor(learning_rate)
+        monitored["learning_rate"] = learning_rate
         return monitored
+
+    def get_config(self):
+        mine = {
+            "queue_size": self.queue.size,
+            "teacher_temperature": self.teacher_temperature,
+            "student_temperature": self.student_temperature,
+        }
+        return {**super().get_config(), **mine}
 
 
 def _purity(labels, nearest_labels):

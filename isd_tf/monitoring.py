@@ -1,4 +1,4 @@
-"""Callbacks that only watch: throughput and the TensorBoard log."""
+"""Callbacks that only watch: means, throughput, lines of progress, the TensorBoard log."""
 
 import os
 import time
@@ -6,6 +6,42 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+
+
+class EpochMeans(keras.callbacks.Callback):
+    """Makes an epoch's logs the means over its steps, where Keras would show the last step's.
+
+    In an epoch that was continued, over the steps since. Stands before the other callbacks.
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._sums, self._steps = {}, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps += 1
+        for name, value in logs.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({name: total / self._steps for name, total in self._sums.items()})
+
+
+class ProgressLines(keras.callbacks.Callback):
+    """Prints a line every minute, for output that is not a terminal's and has no progress bar."""
+
+    def __init__(self, seconds: float = 60.0):
+        super().__init__()
+        self.seconds = seconds
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._last = epoch, time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+            steps = self.params["steps"]
+            print(f"epoch {self._epoch + 1}, step {batch + 1} of {steps}: {values}", flush=True)
 
 
 class Throughput(keras.callbacks.Callback):

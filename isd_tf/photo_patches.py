@@ -60,13 +60,15 @@ def make_patches(split: str) -> tuple[np.ndarray, np.ndarray]:
         photograph = _open_photograph(name)
         border = round(photograph.width * TRAIN_SHARE)
         left, right = (0, border) if split == "train" else (border, photograph.width)
+        # Cut first: Pillow's resize looks beyond its box.
+        part = photograph.crop((left, 0, right, photograph.height))
         # RandomState's streams are frozen by numpy's compatibility policy.
         random = np.random.RandomState([label, split == "test"])
         for _ in range(count):
             side = random.randint(PATCH_SIDES[0], PATCH_SIDES[1] + 1)
-            x = random.randint(left, right - side + 1)
-            y = random.randint(0, photograph.height - side + 1)
-            patch = photograph.resize(
+            x = random.randint(0, part.width - side + 1)
+            y = random.randint(0, part.height - side + 1)
+            patch = part.resize(
                 (PATCH_SIZE, PATCH_SIZE), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side)
             )
             patches.append(np.asarray(patch))

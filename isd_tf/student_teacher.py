@@ -9,6 +9,7 @@ import tensorflow as tf
 from isd_tf import distribution
 
 
+@keras.saving.register_keras_serializable("isd_tf")
 class StudentTeacher(keras.Model):
     """A student, and a teacher that is the moving average of its weights.
 
@@ -118,6 +119,26 @@ class StudentTeacher(keras.Model):
         for teacher, student in self._followed_pairs():
             momentum = tf.constant(self.teacher_momentum, teacher.dtype)
             teacher.assign(momentum * teacher + (1 - momentum) * student)
+
+    def get_config(self):
+        networks = {
+            "encoder": self.student_encoder,
+            "projector": self.student_projector,
+            "predictor": self.predictor,
+        }
+        return {
+            "name": self.name,
+            **{k: keras.saving.serialize_keras_object(v) for k, v in networks.items()},
+            "teacher_momentum": self.teacher_momentum,
+            "shuffle_batch_norm": self.shuffle_batch_norm,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        for network in ("encoder", "projector", "predictor"):
+            config[network] = keras.saving.deserialize_keras_object(config[network])
+        return cls(**config)
 
     def _followed_pairs(self):
         pairs = [(self.teacher_encoder, self.student_encoder)]

@@ -135,7 +135,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     model = make_model()
     assert checkpointing.Checkpoints(tmp_path, model).restore_newest() == 6
     assert_same_bits(model, good)
-    assert "step-00000008" in caplog.text and "taking the one before" in caplog.text
+    assert "step 8 cannot be read" in caplog.text and "taking the one before" in caplog.text
+
+    # The damaged step is taken and saved again, and what is left of the old one is kept aside.
+    assert train(model, tmp_path, until=9) == 6
+    assert (tmp_path / "damaged-00000008").is_dir()
+    assert checkpointing.Checkpoints(tmp_path, make_model()).restore_newest() == 8
 
 
 def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path):
@@ -144,7 +149,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path):
         damage(path, "cut off")
     with pytest.raises(ValueError, match="None of the 2 checkpoints.*can be read"):
         checkpointing.Checkpoints(tmp_path, make_model()).restore_newest()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged-00000006", "damaged-00000008"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
@@ -193,6 +198,23 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="conv/kernel.*step 7.*step-00000006"):
         checkpointing.Checkpoints(tmp_path, model).save()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_an_epochs_last_step_is_saved_after_its_evaluations(tmp_path):
+    model = make_model()
+    checkpoints = checkpointing.Checkpoints(tmp_path, model)
+    newest_when_evaluated = []
+
+    class Evaluation(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            newest_when_evaluated.append(max(p.name for p in tmp_path.iterdir()))
+
+    callbacks = [Evaluation(), checkpointing.SaveCheckpoints(checkpoints, 3)]
+    checkpointing.fit_from_step(
+        model, batches_from, 0, STEPS_PER_EPOCH, 2, callbacks=callbacks, verbose=0
+    )
+    assert newest_when_evaluated == ["step-00000003", "step-00000009"]
+    assert checkpoints.restore_newest() == 12
 
 
 def test_at_least_one_checkpoint_is_kept(tmp_path):

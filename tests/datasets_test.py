@@ -54,6 +54,39 @@ def test_flat_train_folder_is_unlabelled(tmp_path):
     assert len(train) == 1 and test is None and not datasets.is_labelled(train)
 
 
+def test_linked_folders_are_followed_and_loops_are_not(folder):
+    write_image(folder / "elsewhere" / "6.jpg")
+    (folder / "train" / "bird").symlink_to(folder / "elsewhere")
+    (folder / "train" / "dog" / "back").symlink_to(folder / "train")
+    train, _ = datasets.load("folder", data_dir=str(folder))
+    assert train.class_names == ("bird", "cat", "dog") and len(train) == 5
+
+
+def test_an_image_beside_the_classes_is_named(folder, caplog):
+    write_image(folder / "train" / "stray.jpg")
+    train, _ = datasets.load("folder", data_dir=str(folder))
+    assert len(train) == 5 and not datasets.is_labelled(train)
+    assert "stray.jpg" in caplog.text
+
+
+def test_fingerprints_tell_images_apart_and_not_where_they_are(folder, tmp_path):
+    def fingerprint(root):
+        return datasets.fingerprint(datasets.load("folder", data_dir=str(root))[0])
+
+    before = fingerprint(folder)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for split in ("train", "val"):
+        (folder / split).rename(moved / split)
+    assert fingerprint(moved) == before
+    write_image(moved / "train" / "cat" / "7.jpg")
+    assert fingerprint(moved) != before
+    arrays = [datasets.ArrayDataset("", np.full((2, 4, 4, 3), v, np.uint8)) for v in (1, 1, 2)]
+    assert [datasets.fingerprint(a) == datasets.fingerprint(arrays[0]) for a in arrays] == [
+        *(True, True, False)
+    ]
+
+
 def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="--data_dir"):
         datasets.load("folder")
@@ -64,6 +97,12 @@ def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
         datasets.load("folder", data_dir=str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="test folder .*holdout"):
         datasets.load("folder", test_split="holdout", data_dir=str(folder))
+    with pytest.raises(FileNotFoundError, match="no subfolder 'trian'.*--train_split"):
+        datasets.load("folder", train_split="trian", data_dir=str(folder))
+    (folder / "train").rename(folder / "training")
+    with pytest.raises(FileNotFoundError, match="no subfolder 'train'.*--train_split"):
+        datasets.load("folder", data_dir=str(folder))
+    (folder / "training").rename(folder / "train")
     write_image(folder / "val" / "bird" / "1.jpg")
     with pytest.raises(ValueError, match="without: bird.*2 classes"):
         datasets.load("folder", data_dir=str(folder))
@@ -164,6 +203,21 @@ def test_tfds_split_of_large_images_is_a_stream(tmp_path, monkeypatch):
     train, _ = datasets.load("photos", train_split="train[2:7]", data_dir=str(tmp_path))
     assert isinstance(train, datasets.RecordDataset)
     assert len(train) == 5 and datasets.is_labelled(train)
+
+
+class WithoutLabels(Photos):
+    """As TFDS has them: labels of -1."""
+
+    def _generate_examples(self, count):
+        for i, (key, example) in enumerate(super()._generate_examples(count)):
+            yield key, example | {"label": -1, "image": np.full((8, 8, 1), i, np.uint8)}
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_tfds_split_whose_labels_are_unknown_has_none(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY_BYTES", limit)
+    train, _ = datasets.load("without_labels", data_dir=str(tmp_path))
+    assert len(train) == 10 and not datasets.is_labelled(train)
 
 
 def test_unknown_tfds_split_lists_the_known_ones(tmp_path):

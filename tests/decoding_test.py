@@ -97,8 +97,34 @@ def test_several_unreadable_images_in_a_row_are_skipped():
 
 
 def test_when_none_can_be_read_the_image_is_empty():
-    image, _ = decode([b"", b"x"])
+    image, _ = decode([b"", b"x"], decoding.Unreadable(3, 1.0))
     assert image.size == 0
+
+
+def test_a_dataset_without_a_readable_image_ends_the_pipeline():
+    unreadable = decoding.Unreadable(2, 1.0)
+    with pytest.raises(ValueError, match="2 of 2"), decoding.explaining(unreadable):
+        decode([b"", b"x"], unreadable)
+
+
+def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
+    unreadable = decoding.Unreadable(2, 0.5)
+    present = tmp_path / "here.png"
+    present.write_bytes(FORMS["png"])
+    paths = tf.constant([str(tmp_path / "gone.png"), str(present)])
+
+    @tf.function
+    def load():
+        return decoding.decode_first_readable(
+            lambda attempt: (paths[attempt], paths[attempt], attempt),
+            tf.io.read_file,
+            2,
+            unreadable,
+        )
+
+    image, _ = load()
+    np.testing.assert_array_equal(image, SCENE)
+    assert "gone.png" in caplog.text and "No such file" in caplog.text
 
 
 def test_too_many_unreadable_images_end_the_pipeline():

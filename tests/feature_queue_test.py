@@ -45,6 +45,9 @@ def test_a_batch_may_fill_the_queue_and_no_more():
     np.testing.assert_array_equal(queue.read_anchors(), rows([1, 2, 3]))
     with pytest.raises(ValueError, match="at least the global batch size .4.*size=3"):
         queue.enqueue(rows([1, 2, 3, 4]))
+    of_any_size = tf.function(queue.enqueue, input_signature=[tf.TensorSpec([None, 3])])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="larger than the queue"):
+        of_any_size(rows([1, 2, 3, 4]))
 
 
 def test_rows_labels_and_pointer_are_saved_weights(tmp_path):

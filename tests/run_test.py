@@ -1,19 +1,25 @@
 """experiments/run.py as users run it: every flag file, kill and continue, and bad input."""
 
+import fcntl
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from absl import flags
 from PIL import Image
+
+import isd_tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -22,9 +28,10 @@ import flagfiles  # noqa: E402
 import run  # noqa: E402
 
 SMALL = [
-    *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=2"),
+    *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=4"),
     *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
 ]
+STEPS = 24 // 4 * 4  # 24 images in batches of 4, 4 epochs
 FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
 
 
@@ -93,7 +100,7 @@ def finished(photos, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert results["step"] == 12
+    assert results["step"] == STEPS
     for name in ("raw_pixels", "untrained", "student", "teacher"):
         for k in (1, 20):
             assert 0 <= results[f"{name}_{k}nn"] <= 1
@@ -115,9 +122,9 @@ def test_logs_hold_every_monitored_value(finished):
             steps.setdefault(value.tag, []).append(event.step)
     monitored = "loss teacher_entropy student_entropy embedding_std purity learning_rate".split()
     for name in (*monitored, "student_1nn", "teacher_20nn"):
-        assert steps[f"epoch/{name}"] == [6, 12]
+        assert steps[f"epoch/{name}"] == [6, 12, 18, 24]
     for name in monitored:
-        assert steps[f"step/{name}"] == [10]
+        assert steps[f"step/{name}"] == [10, 20]
 
 
 def test_saved_model_has_the_last_checkpoints_student(finished):
@@ -142,35 +149,75 @@ def test_the_effective_flags_run_the_same_again(finished, tmp_path):
     assert_same_end(tmp_path, finished)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
-    finished, photos, tmp_path, seed
-):
-    random = np.random.default_rng(seed)
-    arguments = small_run(photos, tmp_path, "--stages=pretrain")
+def kill_and_continue(arguments, workdir, step):
+    """Kills a run by SIGKILL once it has saved `step` or a later one, and continues it."""
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    last = int(random.integers(2, 9))  # Kill soon after the first checkpoint from this step on.
-    while process.poll() is None:
-        steps = [int(path.name[5:]) for path in tmp_path.glob("checkpoints/step-*")]
-        if steps and max(steps) >= last:
-            break
-        time.sleep(0.01)
+    while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
+        assert process.poll() is None, "The run ended before it could be killed."
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "Continuing" in result.stdout or "complete" in result.stdout
+    assert "Continuing" in result.stdout and "complete" not in result.stdout
+
+
+@pytest.mark.parametrize("step", np.random.default_rng(0).integers(2, 18, 2))
+def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
+    finished, photos, tmp_path, step
+):
+    kill_and_continue(small_run(photos, tmp_path, "--stages=pretrain"), tmp_path, step)
     assert_same_end(tmp_path, finished)
 
 
-def test_mirrored_strategy_trains_on_two_logical_devices(photos, tmp_path):
+class NumberedPhotos(tfds.core.GeneratorBasedBuilder):
+    """A TFDS dataset of several image sizes, so that it is read as a stream."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(30), "validation": self._generate_examples(6)}
+
+    def _generate_examples(self, count):
+        random = np.random.default_rng(count)
+        for i in range(count):
+            image = random.integers(0, 256, (20 + i % 5, 24, 3), np.uint8)
+            yield i, {"image": image, "label": i % 3}
+
+
+def test_a_tfds_stream_is_pretrained_on_and_continued_to_the_same_bits(tmp_path):
+    NumberedPhotos(data_dir=str(tmp_path / "tfds")).download_and_prepare(
+        download_config=tfds.download.DownloadConfig(num_shards=3)
+    )
+    recipe = ["--flagfile=imagenet.flags", "--dataset=numbered_photos", *SMALL]
+    recipe += [f"--data_dir={tmp_path / 'tfds'}"]
+    call(*recipe, f"--workdir={tmp_path / 'whole'}")
+    arguments = [*recipe, f"--workdir={tmp_path / 'killed'}", "--stages=pretrain"]
+    kill_and_continue(arguments, tmp_path / "killed", 9)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    assert "student_1nn" in json.loads((tmp_path / "whole" / "results.json").read_text())
+
+
+def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp_path):
     arguments = small_run(photos, tmp_path, "--strategy=mirrored", "--logical_cpus=2")
     result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "2 CPU replicas: global batch 4, replica batch 2" in result.stdout
-    assert json.loads((tmp_path / "results.json").read_text())["step"] == 12
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == STEPS
+    reader = tf.train.load_checkpoint(str(tmp_path / "saved_model/1/variables/variables"))
+    encoder = isd_tf.build_encoder("tiny_resnet", 16, 4)
+    assert len(reader.get_variable_to_shape_map()) - 1 == len(encoder.weights)
+    serve = tf.saved_model.load(str(tmp_path / "saved_model/1")).signatures["serving_default"]
+    assert np.isfinite(serve(images=tf.zeros([1, 16, 16, 3], tf.uint8))["features"]).all()
 
 
 @pytest.mark.parametrize("flag_file", FLAG_FILES)
@@ -229,10 +276,7 @@ def test_stages_run_on_their_own(finished, photos, tmp_path):
 
 def test_an_unreadable_image_is_counted(photos, tmp_path, caplog):
     folder = tmp_path / "photos"
-    for path in photos.rglob("*.png"):
-        copy = folder / path.relative_to(photos)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+    shutil.copytree(photos, folder)
     (folder / "train" / "dark" / "3.png").write_bytes(b"broken")
     call(*small_run(folder, tmp_path / "run"), "--max_unreadable=0.05", "--stages=pretrain")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["unreadable_images"] == 1
@@ -247,11 +291,73 @@ def test_a_queue_larger_than_the_dataset_warns(photos, tmp_path, caplog):
 
 
 def test_another_recipe_in_the_same_workdir_is_refused(finished, photos):
-    before = sorted(finished.rglob("*"))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="--seed=0 then, --seed=1 now"):
         call(*small_run(photos, finished), "--seed=1")
     call(*small_run(photos, finished), "--stages=evaluate", "--log_every_steps=5")
-    assert sorted(finished.rglob("*")) == before
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+
+
+def test_other_images_in_the_same_workdir_are_refused(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    arguments = small_run(folder, tmp_path / "run", "--stages=pretrain", "--epochs=1")
+    call(*arguments)
+    shutil.copy(folder / "train" / "dark" / "3.png", folder / "train" / "dark" / "extra.png")
+    with pytest.raises(ValueError, match="begun with other images: 24 then, 25 of"):
+        call(*arguments)
+    (folder / "train" / "light" / "3.png").unlink()
+    with pytest.raises(ValueError, match="the same number but not the same"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("bad", ["--teacher_temperature=0", "--views=weak-strong", "--encoder=vit"])
+def test_a_corrected_command_may_use_the_same_workdir(bad, photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--stages=pretrain", "--epochs=1")
+    with pytest.raises(ValueError):
+        call(*arguments, bad)
+    call(*arguments)
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
+
+
+def test_two_processes_do_not_share_a_workdir(photos, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="Another process is at work"):
+            call(*small_run(photos, tmp_path))
+
+
+def test_an_unreadable_test_image_ends_in_one_sentence_and_loses_nothing(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "val" / "light" / "1.png").write_bytes(b"broken")
+    arguments = small_run(folder, tmp_path / "run", "--knn_every_epochs=0")
+    with pytest.raises(ValueError, match="At most 1.0%.*1 of 8.*light/1.png"):
+        call(*arguments)
+    assert np.isfinite(json.loads((tmp_path / "run" / "results.json").read_text())["loss"])
+    call(*arguments, "--max_unreadable=0.2")  # It may change, and nothing is trained again.
+    assert "student_1nn" in json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_a_finished_workdir_is_exported_without_its_data(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    call(f"--flagfile={finished / 'run.flags'}", f"--workdir={tmp_path / 'run'}",
+         "--data_dir=gone", "--stages=export")  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "run" / "saved_model")) == ["1", "2"]
+
+
+def test_the_untrained_contestant_is_the_student_before_its_first_step():
+    call_flags = small_run("unused", "unused")
+    for name in list(flags.FLAGS):
+        run.FLAGS[name].unparse()
+    run.FLAGS(flagfiles.expand(["run.py", *call_flags]))
+    keras.utils.set_random_seed(run.FLAGS.seed)
+    model = run.build_model(tf.distribute.get_strategy(), 1)
+    keras.utils.set_random_seed(run.FLAGS.seed)
+    untrained = isd_tf.build_encoder(run.FLAGS.encoder, run.FLAGS.image_size, run.FLAGS.width)
+    for ours, theirs in zip(model.student_encoder.weights, untrained.weights, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
 @pytest.mark.parametrize(
@@ -272,6 +378,10 @@ def test_another_recipe_in_the_same_workdir_is_refused(finished, photos):
         (["--learning_rate=0"], "learning_rate must be positive"),
         (["--learning_rate_schedule=drops"], "--drop_epochs=141,181"),
         (["--epochs=0"], "--epochs must be at least 1.*0"),
+        (["--knn_every_epochs=-1"], "--knn_every_epochs must be at least 0.*-1"),
+        (["--max_unreadable=5"], "--max_unreadable must be at least 0 and at most 1.*5"),
+        (["--seed=-1"], "--seed must be at least 0"),
+        (["--teacher_temperature=inf"], "teacher_temperature must be .* finite"),
         (["--data_dir=nowhere"], "does not exist.*nowhere"),
         (["--dataset=list", "--image_list=nowhere.txt"], "nowhere.txt"),
     ],
