@@ -1,4 +1,5 @@
 import collections
+import itertools
 import os
 import re
 
@@ -117,15 +118,17 @@ def test_files_and_arrays_give_the_same_batches(files):
     assert_same(take(files, 7), take(ARRAYS, 7), atol=1e-5)
 
 
-def test_views_are_drawn_by_seed_view_and_place():
+@pytest.mark.parametrize("recipes", itertools.product(("weak", "strong"), repeat=2), ids="/".join)
+def test_views_are_drawn_by_seed_view_and_place(recipes):
     """Against a computation step by step, for the second batch of the second epoch."""
-    batch = take(ARRAYS, 1, first_step=6, seed=3)[0]
+    batch = take(ARRAYS, 1, first_step=6, seed=3, views=recipes)[0]
     order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([3, 1]), N - 1).numpy()
     rows = order[4:8]
     np.testing.assert_array_equal(batch["label"], rows)
-    for view, recipe in enumerate((augment.weak_view, augment.strong_view)):
+    functions = {"weak": augment.weak_view, "strong": augment.strong_view}
+    for view, recipe in enumerate(recipes):
         seeds = np.int64([[2 * 3 + view, place] for place in range(24, 28)])
-        expected = recipe(tf.constant(IMAGES[rows]), tf.constant(seeds), SIZE)
+        expected = functions[recipe](tf.constant(IMAGES[rows]), tf.constant(seeds), SIZE)
         name = ("teacher_view", "student_view")[view]
         np.testing.assert_allclose(batch[name], expected, atol=1e-5)
 

@@ -391,6 +391,17 @@ def test_bad_input_is_refused_in_one_sentence(arguments, message, photos, tmp_pa
         call(*small_run(photos, tmp_path / "run"), *arguments)
 
 
+def test_a_diverging_run_stops_and_keeps_finite_checkpoints_only(photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--stages=pretrain", "--checkpoint_every_steps=1")
+    with pytest.raises(FloatingPointError, match="step \\d+.*another --workdir"):
+        call(*arguments, "--learning_rate=1e30")
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        reader = tf.train.load_checkpoint(str(path / "state"))
+        for key in reader.get_variable_to_shape_map():
+            if key != "_CHECKPOINTABLE_OBJECT_GRAPH" and not key.startswith("optimizer/_variables"):
+                assert np.isfinite(reader.get_tensor(key)).all(), key
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--workdir must be a folder that can be written.*file"):
