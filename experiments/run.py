@@ -177,8 +177,10 @@ def check_flags(argv):
                 + (f" and at most {high:g}" if high < LARGE else "")
                 + f". Received: {FLAGS[name].value}."
             )
-    if not 0 < FLAGS.learning_rate < LARGE:
-        raise ValueError(f"--learning_rate must be positive. Received: {FLAGS.learning_rate}.")
+    if not 0 < FLAGS.learning_rate < float("inf"):
+        raise ValueError(
+            f"--learning_rate must be positive and finite. Received: {FLAGS.learning_rate}."
+        )
     if FLAGS.queue_size < FLAGS.batch_size:
         raise ValueError(
             f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
