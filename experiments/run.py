@@ -441,6 +441,9 @@ def readable_errors(argv):
         if FLAGS.verbosity >= 1:
             raise
         sys.exit(f"run.py: {error}\n(--verbosity=1 shows where this was found.)")
+    except KeyboardInterrupt:
+        say("\nInterrupted. The same command continues after the last checkpoint.")
+        sys.exit(130)  # As shells have it: 128 + SIGINT.
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ class Checkpoints:
             ValueError: when a checkpoint belongs to another model, or none of those there can be
                 read.
         """
-        steps = self._steps()
-        for step in steps:
+        for step in self._steps():
             path = str(self._place(step) / "state")
             problem = _read_problem(path)
             if problem:
@@ -96,17 +95,17 @@ class Checkpoints:
                     "another --workdir."
                 ) from error
             return step
-        if steps:
+        if self.exist:
             raise ValueError(
-                f"None of the {len(steps)} checkpoints in {self.directory} can be read. Restore "
-                "them from a copy, or use another --workdir to start anew."
+                f"None of the checkpoints in {self.directory} can be read. Restore one from a "
+                "copy, or use another --workdir to start anew."
             )
         return 0
 
     @property
     def exist(self) -> bool:
-        """Whether there is one to continue from."""
-        return bool(self._steps())
+        """Whether a run has saved any, damaged ones included."""
+        return any(self.directory.glob("step-*")) or any(self.directory.glob("damaged-*"))
 
     def advice(self) -> str:
         """Where the last good checkpoint is, and what to do when values are no longer finite."""
