@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+# From so many similarities (B * K) on, the anchors are read chunk by chunk: the [B, K] matrices of
+# comparing at once, about ten of them with the gradient's, would take 128 MB each in float32.
+STREAMED_FROM = 2**25
+CHUNK = 8192
+
 
 class SimilarityDistillation(NamedTuple):
     """What comparing student and teacher over the anchors gives; entropies in nats."""
@@ -46,8 +51,28 @@ def similarity_distillation(
 
     Source: paper equations 1-3; UMBCvision/ISD train_isd.py:196-212.
     """
-    anchors = tf.stop_gradient(anchors)
-    similarities = tf.matmul(tf.stop_gradient(teacher_embeddings), anchors, transpose_b=True)
+    compare = _compare_at_once
+    if (student_embeddings.shape[0] or 0) * (anchors.shape[0] or 0) >= STREAMED_FROM:
+        compare = _compare_in_chunks
+    return compare(
+        student_embeddings,
+        tf.stop_gradient(teacher_embeddings),
+        tf.stop_gradient(anchors),
+        student_temperature,
+        teacher_temperature,
+        neighbors,
+    )
+
+
+def _compare_at_once(
+    student_embeddings,
+    teacher_embeddings,
+    anchors,
+    student_temperature,
+    teacher_temperature,
+    neighbors,
+):
+    similarities = tf.matmul(teacher_embeddings, anchors, transpose_b=True)
     teacher_log = tf.nn.log_softmax(similarities / teacher_temperature)  # [B, K]
     teacher = tf.exp(teacher_log)
     nearest = tf.math.top_k(similarities, neighbors).indices if neighbors else None
@@ -58,6 +83,86 @@ def similarity_distillation(
     return SimilarityDistillation(
         divergence=tf.reduce_sum(teacher * (teacher_log - student_log), axis=1),
         teacher_entropy=-tf.reduce_sum(teacher * teacher_log, axis=1),
-        student_entropy=-tf.reduce_sum(tf.exp(student_log) * tf.stop_gradient(student_log), axis=1),
+        student_entropy=tf.stop_gradient(-tf.reduce_sum(tf.exp(student_log) * student_log, axis=1)),
         nearest=nearest,
+    )
+
+
+def _compare_in_chunks(
+    student_embeddings,
+    teacher_embeddings,
+    anchors,
+    student_temperature,
+    teacher_temperature,
+    neighbors,
+):
+    """The same in one pass over the anchors, holding [2B, CHUNK] and [2B, D] at most.
+
+    Teacher and student are stacked. With logits l and their running maximum m, the pass sums
+    z = sum exp(l - m); the anchors weighted by exp(l - m), which are all that the gradient needs;
+    and the weighted logits, of which entropies and divergence are made. All are rescaled as m
+    grows.
+    """
+
+    @tf.custom_gradient
+    def compare(student_embeddings):
+        teacher_queries = teacher_embeddings / teacher_temperature
+        queries = tf.concat([teacher_queries, student_embeddings / student_temperature], axis=0)
+        batch, size = tf.shape(teacher_embeddings)[0], tf.shape(anchors)[0]
+        minus_infinity = tf.constant(-float("inf"), queries.dtype)
+
+        def add_chunk(first, m, z, weighted, own, cross, best, rows):
+            chunk = anchors[first : first + CHUNK]  # [c, D]
+            logits = tf.matmul(queries, chunk, transpose_b=True)  # [2B, c]
+            new_m = tf.maximum(m, tf.reduce_max(logits, axis=1))
+            rescale = tf.exp(m - new_m)  # [2B]; 0 for the first chunk
+            shift = tf.math.multiply_no_nan(m - new_m, z)
+            logits -= new_m[:, tf.newaxis]
+            weights = tf.exp(logits)
+            own = rescale * (own + shift) + tf.reduce_sum(weights * logits, axis=1)
+            # The student's logits under the teacher's weights; both maxima may have grown.
+            cross = rescale[:batch] * (
+                cross + tf.math.multiply_no_nan((m - new_m)[batch:], z[:batch])
+            ) + tf.reduce_sum(weights[:batch] * logits[batch:], axis=1)
+            z = rescale * z + tf.reduce_sum(weights, axis=1)
+            weighted = rescale[:, tf.newaxis] * weighted + tf.matmul(weights, chunk)
+            if neighbors:
+                k = tf.minimum(neighbors, tf.shape(chunk)[0])
+                similar = tf.math.top_k(logits[:batch] + new_m[:batch, tf.newaxis], k)
+                candidates = tf.concat([best, similar.values], axis=1)
+                rows = tf.concat([rows, first + similar.indices], axis=1)
+                chosen = tf.math.top_k(candidates, neighbors)
+                best, rows = chosen.values, tf.gather(rows, chosen.indices, batch_dims=1)
+            return first + CHUNK, new_m, z, weighted, own, cross, best, rows
+
+        zeros = tf.zeros_like(queries[:, 0])
+        state = (
+            tf.constant(0),
+            tf.fill([2 * batch], minus_infinity),
+            zeros,
+            tf.zeros_like(queries),
+            zeros,
+            zeros[:batch],
+            tf.fill([batch, neighbors], minus_infinity),
+            tf.zeros([batch, neighbors], tf.int32),
+        )
+        _, _, z, weighted, own, cross, _, rows = tf.while_loop(
+            lambda first, *_: first < size, add_chunk, state
+        )
+        means = weighted / z[:, tf.newaxis]  # [2B, D] anchors as each side weighs them
+        entropies = tf.math.log(z) - own / z
+        divergence = tf.math.log(z[batch:]) - cross / z[:batch] - entropies[:batch]
+
+        def gradient(by_divergence, *_):
+            difference = means[batch:] - means[:batch]
+            return by_divergence[:, tf.newaxis] * difference / student_temperature
+
+        return (divergence, entropies[:batch], entropies[batch:], rows), gradient
+
+    divergence, teacher_entropy, student_entropy, rows = compare(student_embeddings)
+    return SimilarityDistillation(
+        divergence,
+        tf.stop_gradient(teacher_entropy),
+        tf.stop_gradient(student_entropy),
+        rows if neighbors else None,
     )

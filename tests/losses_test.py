@@ -83,3 +83,48 @@ def test_nearest_are_those_of_the_teacher(embeddings):
     )
     expected = np.argsort(-(teacher @ anchors.T), axis=1)[:, :5]
     np.testing.assert_array_equal(result.nearest, expected)
+
+
+CASES = [  # B, K, D, chunk, student's and teacher's temperature
+    *((4, 50, 8, 7, 0.1, 0.02), (3, 64, 16, 64, 0.02, 0.02), (8, 1000, 32, 128, 0.2, 0.01)),
+    *((5, 33, 4, 1, 0.1, 0.05), (2, 9, 3, 100, 1.0, 0.5), (16, 300, 64, 299, 0.1, 0.1)),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-6)])
+def test_streaming_over_chunks_equals_comparing_at_once(case, dtype, tolerance, monkeypatch):
+    batch, size, dimension, chunk, student_temperature, teacher_temperature = case
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    random = np.random.default_rng(size)
+    student, teacher, anchors = (
+        tf.constant(unit_rows(random, count, dimension), dtype) for count in (batch, batch, size)
+    )
+    weights = tf.constant(random.uniform(size=batch), dtype)
+    results = []
+    for streamed_from in (2**60, 0):
+        monkeypatch.setattr(losses, "STREAMED_FROM", streamed_from)
+
+        @tf.function
+        def run():
+            with tf.GradientTape() as tape:
+                tape.watch(student)
+                result = losses.similarity_distillation(
+                    student, teacher, anchors, student_temperature, teacher_temperature, 3
+                )
+                loss = tf.reduce_sum(weights * result.divergence)
+            return result, tape.gradient(loss, student)
+
+        assert ("while" in str(run.get_concrete_function().graph.as_graph_def())) == (
+            streamed_from == 0
+        )
+        results.append(run())
+    (at_once, gradient), (streamed, streamed_gradient) = results
+    for ours, theirs in (
+        (streamed.divergence, at_once.divergence),
+        (streamed.teacher_entropy, at_once.teacher_entropy),
+        (streamed.student_entropy, at_once.student_entropy),
+        (streamed_gradient, gradient),
+    ):
+        assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+    np.testing.assert_array_equal(streamed.nearest, at_once.nearest)
