@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/kl.py            ratios at B = 256, K = 131 072, D = 512
     PYTHONPATH=. python benchmarks/kl.py 1048576    one ISD step with a queue of that size
 
-Time: pairs in one process, in turn. Memory: by how much each form makes a process of its own grow.
-That is a lower bound: memory which TensorFlow freed before and kept, at most one copy of the anchors
-(256 MB), is used first.
+Time: pairs in one process, in turn. Memory: by how much each form makes a process of its own
+grow. That is a lower bound: memory which TensorFlow freed before and kept, at most one copy of the
+anchors (256 MB), is used first.
 """
 
 import os
