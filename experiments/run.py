@@ -39,11 +39,15 @@ EVALUATION_BATCH = 256
 
 # Data
 flags.DEFINE_string("dataset", None, "photo_patches, folder, list, or a TFDS name.")
-flags.DEFINE_string("data_dir", None, "The folder; what a list's paths are relative to; TFDS' own.")
-flags.DEFINE_string("image_list", None, "The file of --dataset=list.")
+flags.DEFINE_string(
+    "data_dir", None, "The folder of images; or where a list's paths begin; or TFDS' data_dir."
+)
+flags.DEFINE_string("image_list", None, "The text file of --dataset=list: one image a line.")
 flags.DEFINE_string("train_split", "train", "TFDS split or subfolder to pretrain on.")
-flags.DEFINE_string("test_split", None, "The same for testing. Unset: test, validation or val.")
-flags.DEFINE_float("max_unreadable", 0.01, "Share of the images that may be unreadable.")
+flags.DEFINE_string(
+    "test_split", None, "TFDS split or subfolder to test on; unset: test, validation or val."
+)
+flags.DEFINE_float("max_unreadable", 0.01, "Largest share of the images that may be unreadable.")
 flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
 
 # Views
@@ -51,8 +55,10 @@ flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, stron
 
 # Networks
 flags.DEFINE_string("encoder", None, f"One of {', '.join(encoders.ARCHITECTURES)}.")
-flags.DEFINE_integer("width", None, "Channels of the first stage. Unset: the encoder's usual.")
-flags.DEFINE_enum("heads", None, list(encoders.HEADS), "ISD: predictor. ISD+: projector as well.")
+flags.DEFINE_integer("width", None, "Channels of the encoder's first stage; unset: its usual ones.")
+flags.DEFINE_enum(
+    "heads", None, list(encoders.HEADS), "ISD has a predictor, ISD+ a projector as well."
+)
 flags.DEFINE_enum(
     "batch_norm",
     "shuffled",
@@ -69,21 +75,30 @@ flags.DEFINE_float("teacher_momentum", None, "Share of its past that the teacher
 # Optimization
 flags.DEFINE_integer("epochs", None, "Passes over the training images.")
 flags.DEFINE_integer("batch_size", None, "Global batch size, over all replicas.")
-flags.DEFINE_float("learning_rate", None, "Of the first epoch.")
-flags.DEFINE_enum("learning_rate_schedule", "cosine", ["cosine", "drops"], "By epoch.")
-flags.DEFINE_list("drop_epochs", [], "Epochs from 1 that begin with a drop of the rate.")
-flags.DEFINE_float("drop_factor", 0.2, "Factor of each drop.")
-flags.DEFINE_float("sgd_momentum", 0.9, "Of the student's optimizer.")
-flags.DEFINE_float("weight_decay", 1e-4, "Coupled, on every trainable weight.")
-flags.DEFINE_integer("seed", 0, "Of initial weights, order, views and permutations.")
+flags.DEFINE_float("learning_rate", None, "Learning rate of the first epoch.")
+flags.DEFINE_enum(
+    "learning_rate_schedule",
+    "cosine",
+    ["cosine", "drops"],
+    "How the learning rate falls, epoch by epoch.",
+)
+flags.DEFINE_list("drop_epochs", [], "With drops: epochs, counted from 1, that begin with one.")
+flags.DEFINE_float("drop_factor", 0.2, "With drops: factor of each.")
+flags.DEFINE_float("sgd_momentum", 0.9, "Momentum of the student's SGD.")
+flags.DEFINE_float(
+    "weight_decay", 1e-4, "Weight decay of the student's SGD, on every trainable weight."
+)
+flags.DEFINE_integer("seed", 0, "Seed of initial weights, order, views and permutations.")
 
 # Run
 flags.DEFINE_string("workdir", None, "Receives flags, checkpoints, logs, results and SavedModel.")
-flags.DEFINE_list("stages", list(STAGES), f"Of {', '.join(STAGES)}.")
+flags.DEFINE_list("stages", list(STAGES), f"What to do, of {', '.join(STAGES)}.")
 flags.DEFINE_enum("strategy", "auto", ["auto", "one", "mirrored"], "Devices to train on.")
-flags.DEFINE_integer("logical_cpus", 1, "Splits the CPU, to try --strategy=mirrored without GPUs.")
-flags.DEFINE_integer("checkpoint_every_steps", 1000, "And at the end of epochs. 0: only there.")
-flags.DEFINE_integer("keep_checkpoints", 2, "How many of the newest to keep.")
+flags.DEFINE_integer("logical_cpus", 1, "Parts to split the CPU into, to try --strategy=mirrored.")
+flags.DEFINE_integer(
+    "checkpoint_every_steps", 1000, "Steps between checkpoints; 0: at the end of epochs only."
+)
+flags.DEFINE_integer("keep_checkpoints", 2, "How many of the newest checkpoints to keep.")
 flags.DEFINE_integer("log_every_steps", 10, "Steps between values in TensorBoard's log.")
 flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0: never.")
 flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
@@ -134,22 +149,34 @@ def main(argv):
         if first_step:
             say(f"Continuing {workdir} after step {first_step}.")
 
-        unreadable = [Unreadable(len(data), FLAGS.max_unreadable) for data in (train, test) if data]
-        with explaining(*unreadable):
-            if "pretrain" in FLAGS.stages:
-                pretrain(model, checkpoints, first_step, train, test, unreadable, workdir)
-            elif not first_step:
-                raise ValueError(
-                    f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to "
-                    "--stages."
-                )
-            if "evaluate" in FLAGS.stages:
-                evaluate(model, train, test, unreadable, workdir)
-        if "export" in FLAGS.stages:
-            encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
-            path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
-            say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+        try:
+            run_stages(model, checkpoints, first_step, train, test, workdir)
+        except KeyboardInterrupt:
+            step = checkpoints.newest_step
+            say(
+                f"\nInterrupted. The same command continues after step {step}."
+                if step
+                else "\nInterrupted before the first checkpoint: the same command starts anew."
+            )
+            sys.exit(130)  # As shells have it: 128 + SIGINT.
         say(f"Results: {record(workdir, {'step': checkpoints.step})}")
+
+
+def run_stages(model, checkpoints, first_step, train, test, workdir):
+    unreadable = [Unreadable(len(data), FLAGS.max_unreadable) for data in (train, test) if data]
+    with explaining(*unreadable):
+        if "pretrain" in FLAGS.stages:
+            pretrain(model, checkpoints, first_step, train, test, unreadable, workdir)
+        elif not first_step:
+            raise ValueError(
+                f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
+            )
+        if "evaluate" in FLAGS.stages:
+            evaluate(model, train, test, unreadable, workdir)
+    if "export" in FLAGS.stages:
+        encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
+        path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
+        say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -234,7 +261,7 @@ def load_data():
     if FLAGS.batch_size > len(train):
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
-            f"{len(train)} images of {train.name}."
+            f"{len(train)} images of {train.name}. Lower --batch_size, and --queue_size with it."
         )
     if FLAGS.queue_size > len(train):
         logging.warning(
@@ -336,13 +363,12 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         )
 
     history = keras.callbacks.History()
-    interactive = sys.stdout.isatty()
     callbacks = [
         monitoring.EpochMeans(),
         monitoring.Throughput(FLAGS.batch_size),
         checkpointing.StopAtNonFiniteLoss(checkpoints),
-        *([] if interactive else [monitoring.ProgressLines()]),
         *knn_callback(train, test, unreadable),
+        monitoring.Progress(FLAGS.epochs),
         checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
         history,
@@ -355,7 +381,7 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         steps_per_epoch,
         FLAGS.epochs,
         callbacks=callbacks,
-        verbose=1 if interactive else 2,
+        verbose=0,
     )
     # The last epoch's; accuracies are the evaluation's to tell.
     results = {
@@ -401,11 +427,11 @@ def evaluate(model, train, test, unreadable, workdir):
 
 def reason_not_to_score(train, test):
     """Why kNN cannot be scored on these data, or None."""
+    for split in (train, test):
+        if split and not isd_tf.datasets.is_labelled(split):
+            return f"{split.name} has no labels."
     if test is None:
         return f"{train.name} has no test split. Name one by --test_split."
-    for split in (train, test):
-        if not isd_tf.datasets.is_labelled(split):
-            return f"{split.name} has no labels."
     if len(train) < 20:
         return f"20-NN needs at least 20 images, and {train.name} has {len(train)}."
     return None
@@ -441,9 +467,6 @@ def readable_errors(argv):
         if FLAGS.verbosity >= 1:
             raise
         sys.exit(f"run.py: {error}\n(--verbosity=1 shows where this was found.)")
-    except KeyboardInterrupt:
-        say("\nInterrupted. The same command continues after the last checkpoint.")
-        sys.exit(130)  # As shells have it: 128 + SIGINT.
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ class Checkpoints:
         return 0
 
     @property
+    def newest_step(self) -> int:
+        """The step to continue from; 0 where there is none."""
+        return max(self._steps(), default=0)
+
+    @property
     def exist(self) -> bool:
         """Whether a run has saved any, damaged ones included."""
         return any(self.directory.glob("step-*")) or any(self.directory.glob("damaged-*"))

@@ -163,7 +163,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 def _load_folder(data_dir, train_split, test_split):
     if not data_dir:
-        raise ValueError("dataset=folder needs the folder's path. Pass --data_dir=PATH.")
+        raise ValueError("--dataset=folder needs the folder's path. Pass --data_dir=PATH.")
     root = pathlib.Path(data_dir)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -177,6 +177,12 @@ def _load_folder(data_dir, train_split, test_split):
                 f"The folder {root} has no subfolder {train_split!r} to train on. Name the right "
                 "one by --train_split, or give a folder that holds training images only."
             )
+        logging.warning(
+            "%s has no subfolder %s: all images below it are taken as unlabelled. For labels give "
+            "a folder that holds train/<class>/ and val/<class>/.",
+            root,
+            train_split,
+        )
         return _scan_folder(root, labelled=False), None
     train = _scan_folder(root / train_split, labelled=True)
     if test_split is None and found:
@@ -185,7 +191,9 @@ def _load_folder(data_dir, train_split, test_split):
         return train, None
     if not (root / test_split).is_dir():
         raise FileNotFoundError(
-            f"The test folder {root / test_split} does not exist. Correct --test_split."
+            f"The test folder {root / test_split} does not exist. {root} has the folders "
+            f"{', '.join(sorted(path.name for path in root.iterdir() if path.is_dir()))}. Correct "
+            "--test_split."
         )
     return train, _scan_folder(root / test_split, labelled=True, class_names=train.class_names)
 
@@ -240,7 +248,7 @@ def _scan_folder(folder, labelled, class_names=None):
 
 def _load_list(image_list, data_dir):
     if not image_list:
-        raise ValueError("dataset=list needs a file. Pass --image_list=PATH.")
+        raise ValueError("--dataset=list needs a file. Pass --image_list=PATH.")
     if not os.path.isfile(image_list):
         raise FileNotFoundError(f"The list does not exist. Received: --image_list={image_list}.")
     root = data_dir or os.path.dirname(os.path.abspath(image_list))
@@ -357,9 +365,10 @@ def _prepare(builder, data_dir):
     except Exception as error:  # Whatever its downloads, extractors and checks raise.
         raise FileNotFoundError(
             f"The dataset {builder.name} is not prepared in {builder.data_dir}, and TensorFlow "
-            f"Datasets could not prepare it ({type(error).__name__}: {str(error)[:300]}). Prepare "
-            f"it once on a machine with access (`tfds build {builder.name}`), and pass its folder "
-            "as --data_dir."
+            f"Datasets could not prepare it ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0][:200]}). Prepare it once where its files are to "
+            f"be had (`tfds build {builder.name}` says how) and pass TFDS' folder as --data_dir; or "
+            "use a folder of images: --dataset=folder --data_dir=PATH, with train/ and val/ inside."
         ) from error
 
 

@@ -1,6 +1,8 @@
-"""Callbacks that only watch: means, throughput, lines of progress, the TensorBoard log."""
+"""Callbacks that only watch: means, throughput, progress, the TensorBoard log."""
 
 import os
+import sys
+import textwrap
 import time
 
 import keras
@@ -26,22 +28,44 @@ class EpochMeans(keras.callbacks.Callback):
         logs.update({name: total / self._steps for name, total in self._sums.items()})
 
 
-class ProgressLines(keras.callbacks.Callback):
-    """Prints a line every minute, for output that is not a terminal's and has no progress bar."""
+class Progress(keras.callbacks.Callback):
+    """Shows how far an epoch is, and all its means at its end.
 
-    def __init__(self, seconds: float = 60.0):
+    In a terminal a bar that fits into 80 columns, elsewhere a line every so often. (Keras' own bar
+    shows every value, wraps, and then fills the screen.)
+
+    Args:
+        epochs: of the whole training.
+        seconds: between lines where there is no terminal.
+    """
+
+    def __init__(self, epochs: int, seconds: float = 20.0):
         super().__init__()
+        self.epochs = epochs
         self.seconds = seconds
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._epoch, self._last = epoch, time.monotonic()
+        self._last = time.monotonic()
+        self._bar = None
+        if sys.stdout.isatty():
+            self._bar = keras.utils.Progbar(self.params["steps"], width=12)
 
     def on_train_batch_end(self, batch, logs=None):
-        if time.monotonic() - self._last >= self.seconds:
+        step, steps = batch + 1, self.params["steps"]
+        if self._bar:
+            self._bar.update(step, [("loss", logs["loss"])], finalize=step == steps)
+        elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
-            values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
-            steps = self.params["steps"]
-            print(f"epoch {self._epoch + 1}, step {batch + 1} of {steps}: {values}", flush=True)
+            rate = logs.get("images_per_second", 0)
+            print(
+                f"  step {step} of {steps}: loss {logs['loss']:.4f}, {rate:.0f} images/s",
+                flush=True,
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+        line = f"Epoch {epoch + 1}/{self.epochs}: {values}"
+        print(textwrap.fill(line, 98, subsequent_indent="  "), flush=True)
 
 
 class Throughput(keras.callbacks.Callback):

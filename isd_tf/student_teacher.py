@@ -71,6 +71,11 @@ class StudentTeacher(keras.Model):
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.optimizer.build(self.trainable_variables)
 
+    def compile_from_config(self, config):
+        """Keras' counterpart of `compile`, for a model that is loaded from a file."""
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(config["optimizer"], config["jit_compile"])
+
     def call(self, images, training=False):
         """Features [B, C] of the student's encoder for normalised images [B, S, S, 3]."""
         return self.student_encoder(images, training=training)
