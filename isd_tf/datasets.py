@@ -363,12 +363,12 @@ def _prepare(builder, data_dir):
     try:
         builder.download_and_prepare()
     except Exception as error:  # Whatever its downloads, extractors and checks raise.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise FileNotFoundError(
             f"The dataset {builder.name} is not prepared in {builder.data_dir}, and TensorFlow "
-            f"Datasets could not prepare it ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:200]}). Prepare it once where its files are to "
-            f"be had (`tfds build {builder.name}` says how) and pass TFDS' folder as --data_dir; or "
-            "use a folder of images: --dataset=folder --data_dir=PATH, with train/ and val/ inside."
+            f"Datasets could not prepare it ({reason}). Prepare it where its files are to be had "
+            f"(`tfds build {builder.name}` says how) and pass TFDS' folder as --data_dir; or use "
+            "a folder with train/ and val/ inside: --dataset=folder --data_dir=PATH."
         ) from error
 
 
