@@ -165,7 +165,7 @@ def kill_and_continue(arguments, workdir, step):
     assert "Continuing" in result.stdout and "complete" not in result.stdout
 
 
-@pytest.mark.parametrize("step", np.random.default_rng(0).integers(2, 18, 2))
+@pytest.mark.parametrize("step", np.random.default_rng(0).integers(2, 14, 2))
 def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
     finished, photos, tmp_path, step
 ):

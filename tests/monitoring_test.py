@@ -1,0 +1,70 @@
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import isd_tf
+from isd_tf import monitoring
+
+
+@pytest.fixture
+def fit():
+    """Fits a small model for 2 epochs of 3 steps; returns its history and every step's loss."""
+
+    def run(*callbacks):
+        encoder = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+        model = isd_tf.ISD(encoder, None, None, queue_size=16, student_temperature=0.1)
+        model.compile(isd_tf.TorchSGD(0.5))
+        views = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
+        batches = tf.data.Dataset.from_tensor_slices({"teacher_view": views, "student_view": views})
+        losses = []
+        record = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: losses.append(logs["loss"])
+        )
+        history = keras.callbacks.History()
+        model.fit(
+            batches.batch(4),
+            epochs=2,
+            verbose=0,
+            shuffle=False,
+            callbacks=[*callbacks, record, history],
+        )
+        return history.history, np.reshape(losses, [2, 3])
+
+    return run
+
+
+def test_an_epochs_values_are_the_means_of_its_steps(fit):
+    history, losses = fit(monitoring.EpochMeans())
+    np.testing.assert_allclose(history["loss"], losses.mean(axis=1), rtol=1e-6)
+    assert not np.allclose(losses.mean(axis=1), losses[:, -1])  # What Keras alone would say.
+
+
+def test_throughput_counts_the_images_of_the_steps_after_compilation(fit, monkeypatch):
+    clock = iter(range(1000))
+    ticking = types.SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr(monitoring, "time", ticking)
+    history, _ = fit(monitoring.Throughput(global_batch_size=4))
+    # A second passes at each look at the clock: 2 steps in 3 seconds, then 3 steps in 4.
+    np.testing.assert_allclose(history["images_per_second"], [8 / 3, 12 / 4])
+
+
+def test_progress_without_a_terminal_prints_lines_and_each_epochs_means(fit, capsys):
+    fit(monitoring.EpochMeans(), monitoring.Progress(epochs=7, seconds=0.0))
+    output = capsys.readouterr().out
+    assert "step 2 of 3: loss " in output
+    assert "Epoch 2/7: " in output and "teacher_entropy " in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
+def test_progress_in_a_terminal_fits_into_80_columns(fit, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    fit(monitoring.Progress(epochs=2))
+    output = capsys.readouterr().out
+    for control in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[37m"):
+        output = output.replace(control, "")
+    lines = output.replace("\r", "\n").replace("\b", "").splitlines()
+    bars = [line for line in lines if "━" in line]
+    assert bars and all("loss" in bar and len(bar) < 80 for bar in bars)
