@@ -48,15 +48,18 @@ class Progress(keras.callbacks.Callback):
         self._last = time.monotonic()
         self._bar = None
         if sys.stdout.isatty():
-            self._bar = keras.utils.Progbar(self.params["steps"], width=12)
+            self._bar = keras.utils.Progbar(
+                self.params["steps"], width=10, stateful_metrics=["images/s"]
+            )
 
     def on_train_batch_end(self, batch, logs=None):
         step, steps = batch + 1, self.params["steps"]
+        rate = logs.get("images_per_second", 0.0)
         if self._bar:
-            self._bar.update(step, [("loss", logs["loss"])], finalize=step == steps)
+            values = [("loss", logs["loss"]), ("images/s", rate)]
+            self._bar.update(step, values, finalize=step == steps)
         elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
-            rate = logs.get("images_per_second", 0)
             print(
                 f"  step {step} of {steps}: loss {logs['loss']:.4f}, {rate:.0f} images/s",
                 flush=True,

@@ -61,10 +61,10 @@ def test_progress_without_a_terminal_prints_lines_and_each_epochs_means(fit, cap
 
 def test_progress_in_a_terminal_fits_into_80_columns(fit, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    fit(monitoring.Progress(epochs=2))
+    fit(monitoring.Throughput(4), monitoring.Progress(epochs=2))
     output = capsys.readouterr().out
     for control in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[37m"):
         output = output.replace(control, "")
     lines = output.replace("\r", "\n").replace("\b", "").splitlines()
     bars = [line for line in lines if "━" in line]
-    assert bars and all("loss" in bar and len(bar) < 80 for bar in bars)
+    assert bars and all("loss" in bar and "images/s" in bar and len(bar) < 80 for bar in bars)
