@@ -10,7 +10,7 @@ import tensorflow as tf
 # From so many similarities (B * K) on, the anchors are read chunk by chunk: the [B, K] matrices of
 # comparing at once, about ten of them with the gradient's, would take 128 MB each in float32.
 STREAMED_FROM = 2**25
-CHUNK = 8192
+CHUNK = 2048
 
 
 class SimilarityDistillation(NamedTuple):
