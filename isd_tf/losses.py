@@ -72,13 +72,14 @@ def _compare_at_once(
     teacher_temperature,
     neighbors,
 ):
-    similarities = tf.matmul(teacher_embeddings, anchors, transpose_b=True)
-    teacher_log = tf.nn.log_softmax(similarities / teacher_temperature)  # [B, K]
+    # Divided before the product, as in chunks, so that the logits of both are the same bits.
+    logits = tf.matmul(teacher_embeddings / teacher_temperature, anchors, transpose_b=True)
+    teacher_log = tf.nn.log_softmax(logits)  # [B, K]
     teacher = tf.exp(teacher_log)
-    nearest = tf.math.top_k(similarities, neighbors).indices if neighbors else None
+    nearest = tf.math.top_k(logits, neighbors).indices if neighbors else None
 
-    similarities = tf.matmul(student_embeddings, anchors, transpose_b=True)
-    student_log = tf.nn.log_softmax(similarities / student_temperature)  # [B, K]
+    logits = tf.matmul(student_embeddings / student_temperature, anchors, transpose_b=True)
+    student_log = tf.nn.log_softmax(logits)  # [B, K]
 
     return SimilarityDistillation(
         divergence=tf.reduce_sum(teacher * (teacher_log - student_log), axis=1),
@@ -100,8 +101,9 @@ def _compare_in_chunks(
 
     Teacher and student are stacked. With logits l and their running maximum m, the pass sums
     z = sum exp(l - m); the anchors weighted by exp(l - m), which are all that the gradient needs;
-    and the weighted logits, of which entropies and divergence are made. All are rescaled as m
-    grows.
+    and, so weighted, the logits and the teacher's less the student's, of which entropies and
+    divergence are made. All are rescaled as m grows. The running sums are float64, so that many
+    chunks round no more than one.
     """
 
     @tf.custom_gradient
@@ -109,52 +111,55 @@ def _compare_in_chunks(
         teacher_queries = teacher_embeddings / teacher_temperature
         queries = tf.concat([teacher_queries, student_embeddings / student_temperature], axis=0)
         batch, size = tf.shape(teacher_embeddings)[0], tf.shape(anchors)[0]
-        minus_infinity = tf.constant(-float("inf"), queries.dtype)
 
-        def add_chunk(first, m, z, weighted, own, cross, best, rows):
+        def widen(sums):
+            return tf.cast(sums, tf.float64)
+
+        def add_chunk(first, m, z, weighted, own, gap, best, rows):
             chunk = anchors[first : first + CHUNK]  # [c, D]
             logits = tf.matmul(queries, chunk, transpose_b=True)  # [2B, c]
-            new_m = tf.maximum(m, tf.reduce_max(logits, axis=1))
-            rescale = tf.exp(m - new_m)  # [2B]; 0 for the first chunk
-            shift = tf.math.multiply_no_nan(m - new_m, z)
-            logits -= new_m[:, tf.newaxis]
-            weights = tf.exp(logits)
-            own = rescale * (own + shift) + tf.reduce_sum(weights * logits, axis=1)
-            # The student's logits under the teacher's weights; both maxima may have grown.
-            cross = rescale[:batch] * (
-                cross + tf.math.multiply_no_nan((m - new_m)[batch:], z[:batch])
-            ) + tf.reduce_sum(weights[:batch] * logits[batch:], axis=1)
-            z = rescale * z + tf.reduce_sum(weights, axis=1)
-            weighted = rescale[:, tf.newaxis] * weighted + tf.matmul(weights, chunk)
             if neighbors:
                 k = tf.minimum(neighbors, tf.shape(chunk)[0])
-                similar = tf.math.top_k(logits[:batch] + new_m[:batch, tf.newaxis], k)
+                similar = tf.math.top_k(logits[:batch], k)
                 candidates = tf.concat([best, similar.values], axis=1)
                 rows = tf.concat([rows, first + similar.indices], axis=1)
                 chosen = tf.math.top_k(candidates, neighbors)
                 best, rows = chosen.values, tf.gather(rows, chosen.indices, batch_dims=1)
-            return first + CHUNK, new_m, z, weighted, own, cross, best, rows
+            new_m = tf.maximum(m, tf.reduce_max(logits, axis=1))
+            shift = widen(m) - widen(new_m)  # [2B]
+            rescale = tf.exp(shift)
+            logits -= new_m[:, tf.newaxis]
+            weights = tf.exp(logits)
+            # The logits so far are now less by the shift: their weighted sums, before z grows.
+            own = rescale * (own + shift * z) + widen(tf.reduce_sum(weights * logits, axis=1))
+            gap = rescale[:batch] * (gap + (shift[:batch] - shift[batch:]) * z[:batch])
+            difference = logits[:batch] - logits[batch:]
+            gap += widen(tf.reduce_sum(weights[:batch] * difference, axis=1))
+            z = rescale * z + widen(tf.reduce_sum(weights, axis=1))
+            weighted = rescale[:, tf.newaxis] * weighted + widen(tf.matmul(weights, chunk))
+            return first + CHUNK, new_m, z, weighted, own, gap, best, rows
 
-        zeros = tf.zeros_like(queries[:, 0])
+        zeros = tf.zeros_like(queries[:, 0], tf.float64)
         state = (
             tf.constant(0),
-            tf.fill([2 * batch], minus_infinity),
+            tf.linalg.matvec(queries, anchors[0]),  # any logit will do, if it is finite
             zeros,
-            tf.zeros_like(queries),
+            tf.zeros_like(queries, tf.float64),
             zeros,
             zeros[:batch],
-            tf.fill([batch, neighbors], minus_infinity),
+            tf.fill([batch, neighbors], tf.constant(-float("inf"), queries.dtype)),
             tf.zeros([batch, neighbors], tf.int32),
         )
-        _, _, z, weighted, own, cross, _, rows = tf.while_loop(
+        _, _, z, weighted, own, gap, _, rows = tf.while_loop(
             lambda first, *_: first < size, add_chunk, state
         )
         means = weighted / z[:, tf.newaxis]  # [2B, D] anchors as each side weighs them
-        entropies = tf.math.log(z) - own / z
-        divergence = tf.math.log(z[batch:]) - cross / z[:batch] - entropies[:batch]
+        difference = tf.cast(means[batch:] - means[:batch], queries.dtype)
+        log_z = tf.math.log(z)
+        entropies = tf.cast(log_z - own / z, queries.dtype)
+        divergence = tf.cast(gap / z[:batch] + log_z[batch:] - log_z[:batch], queries.dtype)
 
         def gradient(by_divergence, *_):
-            difference = means[batch:] - means[:batch]
             return by_divergence[:, tf.newaxis] * difference / student_temperature
 
         return (divergence, entropies[:batch], entropies[batch:], rows), gradient
