@@ -4,7 +4,11 @@
     python experiments/run.py --flagfile=imagenet.flags --data_dir=PATH --workdir=runs/imagenet
 
 Flag files are looked for in the working directory and then beside this file. The same command in
-the same workdir continues where it was stopped.
+the same workdir continues where it was stopped. Several machines: the same command on each, with
+TF_CONFIG in its environment; launch.py starts several workers on one.
+
+Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have lost each other;
+130 and 143 when told to stop, by Ctrl-C and by SIGTERM.
 """
 
 import contextlib
@@ -14,6 +18,8 @@ import json
 import os
 import pathlib
 import platform
+import random
+import signal
 import sys
 import time
 
@@ -29,7 +35,7 @@ from absl import app, flags, logging  # noqa: E402
 
 import isd_tf  # noqa: E402
 from isd_tf import checkpoints as checkpointing  # noqa: E402
-from isd_tf import distribution, encoders, monitoring  # noqa: E402
+from isd_tf import cluster, distribution, encoders, monitoring  # noqa: E402
 from isd_tf.decoding import Unreadable, explaining  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 
@@ -48,6 +54,12 @@ flags.DEFINE_string(
     "test_split", None, "TFDS split or subfolder to test on; unset: test, validation or val."
 )
 flags.DEFINE_float("max_unreadable", 0.01, "Largest share of the images that may be unreadable.")
+flags.DEFINE_string(
+    "data_service",
+    None,
+    "host:port of a tf.data service's dispatcher, whose workers then prepare the views. Gives the "
+    "exact order of the images up.",
+)
 flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
 
 # Views
@@ -59,11 +71,17 @@ flags.DEFINE_integer("width", None, "Channels of the encoder's first stage; unse
 flags.DEFINE_enum(
     "heads", None, list(encoders.HEADS), "ISD has a predictor, ISD+ a projector as well."
 )
-flags.DEFINE_enum(
+flags.DEFINE_string(
     "batch_norm",
     "shuffled",
-    ["shuffled", "synchronized"],
-    "Statistics of each replica, the teacher's images shuffled; or of all replicas together.",
+    "shuffled: each replica has statistics of its own, and the teacher's images are shuffled over "
+    "all; groups:N: each replica has N, as N devices would; synchronized: one for all replicas.",
+)
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Of the networks. Embeddings, similarities, divergence and queue are float32 in all.",
 )
 
 # Method
@@ -93,21 +111,50 @@ flags.DEFINE_integer("seed", 0, "Seed of initial weights, order, views and permu
 # Run
 flags.DEFINE_string("workdir", None, "Receives flags, checkpoints, logs, results and SavedModel.")
 flags.DEFINE_list("stages", list(STAGES), f"What to do, of {', '.join(STAGES)}.")
-flags.DEFINE_enum("strategy", "auto", ["auto", "one", "mirrored"], "Devices to train on.")
+flags.DEFINE_enum(
+    "strategy",
+    "auto",
+    distribution.STRATEGIES,
+    "One device; all of this machine; all of the machines in TF_CONFIG; or whatever is there.",
+)
+flags.DEFINE_integer("cluster_timeout", 600, "Seconds that a worker waits for the others.")
 flags.DEFINE_integer("logical_cpus", 1, "Parts to split the CPU into, to try --strategy=mirrored.")
+flags.DEFINE_integer(
+    "steps_per_execution", 1, "Steps a call into TensorFlow; must divide the steps of an epoch."
+)
+flags.DEFINE_bool("compile", False, "Whether XLA compiles the networks.")
+flags.DEFINE_bool(
+    "deterministic", False, "Whether GPUs must use deterministic operations only, which are slower."
+)
+flags.DEFINE_bool(
+    "check_replicas", False, "Whether every step compares all replicas' weights and queues. Slow."
+)
 flags.DEFINE_integer(
     "checkpoint_every_steps", 1000, "Steps between checkpoints; 0: at the end of epochs only."
 )
 flags.DEFINE_integer("keep_checkpoints", 2, "How many of the newest checkpoints to keep.")
+flags.DEFINE_integer(
+    "keep_every_epochs", 0, "Epochs between checkpoints that are kept besides these. 0: none."
+)
+flags.DEFINE_enum(
+    "if_checkpoint_fails",
+    "stop",
+    ["stop", "continue"],
+    "When a checkpoint cannot be written, on a full disk for example.",
+)
 flags.DEFINE_integer("log_every_steps", 10, "Steps between values in TensorBoard's log.")
 flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0: never.")
 flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
 
 # What may change between two calls in one workdir; every other flag is the recipe.
 NOT_RECIPE = (
-    "data_dir image_list test_split max_unreadable workdir stages strategy logical_cpus "
-    "checkpoint_every_steps keep_checkpoints log_every_steps knn_every_epochs export_encoder"
+    "data_dir image_list test_split max_unreadable data_service workdir stages strategy "
+    "cluster_timeout logical_cpus steps_per_execution compile deterministic check_replicas "
+    "checkpoint_every_steps keep_checkpoints keep_every_epochs if_checkpoint_fails log_every_steps "
+    "knn_every_epochs export_encoder"
 ).split()
+# What may differ between the workers of a cluster.
+MACHINES_OWN = "data_dir image_list workdir cluster_timeout".split()
 LARGE = 2**63
 RANGES = {  # Of those that no class of the package checks.
     "epochs": (1, LARGE),
@@ -117,6 +164,9 @@ RANGES = {  # Of those that no class of the package checks.
     "drop_factor": (0, 1),
     "max_unreadable": (0, 1),
     "logical_cpus": (1, 1024),
+    "cluster_timeout": (1, LARGE),
+    "steps_per_execution": (1, LARGE),
+    "keep_every_epochs": (0, LARGE),
     "checkpoint_every_steps": (0, LARGE),
     "keep_checkpoints": (1, LARGE),
     "log_every_steps": (1, LARGE),
@@ -134,32 +184,35 @@ def main(argv):
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
     check_flags(argv)
-    keras.utils.set_random_seed(FLAGS.seed)
     strategy = choose_devices()
-    train, test = load_data()
-    steps_per_epoch = len(train) // FLAGS.batch_size if train else 1
-    model = build_model(strategy, steps_per_epoch)
+    with cluster.noticing_lost_peers(strategy):
+        train, test = load_data(strategy)
+        model = build_model(strategy, steps_per_epoch(train))
+        require_same_on_all_workers(strategy, train)
 
-    with locked_workdir() as workdir:
-        checkpoints = checkpointing.Checkpoints(
-            workdir / "checkpoints", model, FLAGS.keep_checkpoints
-        )
-        begin_or_continue(workdir, checkpoints, train)
-        first_step = checkpoints.restore_newest()
-        if first_step:
-            say(f"Continuing {workdir} after step {first_step}.")
-
-        try:
-            run_stages(model, checkpoints, first_step, train, test, workdir)
-        except KeyboardInterrupt:
-            step = checkpoints.newest_step
-            say(
-                f"\nInterrupted. The same command continues after step {step}."
-                if step
-                else "\nInterrupted before the first checkpoint: the same command starts anew."
+        with locked_workdir(strategy) as workdir:
+            checkpoints = checkpointing.Checkpoints(
+                workdir / "checkpoints",
+                model,
+                FLAGS.keep_checkpoints,
+                FLAGS.keep_every_epochs * steps_per_epoch(train),
+                continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            sys.exit(130)  # As shells have it: 128 + SIGINT.
-        say(f"Results: {record(workdir, {'step': checkpoints.step})}")
+            begin_or_continue(workdir, checkpoints, train)
+            first_step = checkpoints.restore_newest()
+            if first_step:
+                say(f"Continuing {workdir} after step {first_step}.")
+
+            try:
+                run_stages(model, checkpoints, first_step, train, test, workdir)
+            except KeyboardInterrupt:
+                step = checkpoints.newest_step
+                say(
+                    f"\nInterrupted. The same command continues after step {step}."
+                    if step
+                    else "\nInterrupted before the first checkpoint: the same command starts anew."
+                )
+                sys.exit(130)  # As shells have it: 128 + SIGINT.
 
 
 def run_stages(model, checkpoints, first_step, train, test, workdir):
@@ -171,12 +224,16 @@ def run_stages(model, checkpoints, first_step, train, test, workdir):
             raise ValueError(
                 f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
             )
-        if "evaluate" in FLAGS.stages:
-            evaluate(model, train, test, unreadable, workdir)
-    if "export" in FLAGS.stages:
-        encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
-        path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
-        say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+        with cluster.failing_together(checkpoints.strategy):
+            if not cluster.is_chief(checkpoints.strategy):
+                return  # Once the chief has done the rest.
+            if "evaluate" in FLAGS.stages:
+                evaluate(model, train, test, unreadable, workdir)
+            if "export" in FLAGS.stages:
+                encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
+                path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
+                say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+            say(f"Results: {record(workdir, {'step': checkpoints.step})}")
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -221,10 +278,28 @@ def check_flags(argv):
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
     isd_tf.input_pipeline.check_views(views())
+    batch_norm()
 
 
 def views():
     return tuple(FLAGS.views.split("/"))
+
+
+def batch_norm():
+    """Whether BatchNorm is synchronised, and the groups of a replica's batch."""
+    kind, _, groups = FLAGS.batch_norm.partition(":")
+    if kind == "groups" and groups.isdigit() and int(groups) > 0:
+        return False, int(groups)
+    if FLAGS.batch_norm not in ("shuffled", "synchronized"):
+        raise ValueError(
+            "--batch_norm must be shuffled, synchronized, or groups:N, such as groups:8. Received: "
+            f"{FLAGS.batch_norm}."
+        )
+    return kind == "synchronized", 1
+
+
+def steps_per_epoch(train):
+    return len(train) // FLAGS.batch_size if train else 1
 
 
 def choose_devices():
@@ -232,29 +307,66 @@ def choose_devices():
         cpu = tf.config.list_physical_devices("CPU")[0]
         parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus
         tf.config.set_logical_device_configuration(cpu, parts)
-    if "pretrain" not in FLAGS.stages:
-        return distribution.choose_strategy("one")
-    strategy = distribution.choose_strategy(FLAGS.strategy)
-    replicas = strategy.num_replicas_in_sync
-    if FLAGS.batch_size % replicas:
-        raise ValueError(
-            f"The replicas share the batch evenly. Received: --batch_size={FLAGS.batch_size} for "
-            f"{replicas} replicas. Use a multiple of {replicas}, or --strategy=one."
-        )
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    say(
-        f"{replicas} {kind} replica{'s' * (replicas > 1)}: global batch {FLAGS.batch_size}, "
-        f"replica batch {FLAGS.batch_size // replicas}."
+    keras.utils.set_random_seed(FLAGS.seed)
+    keras.config.set_dtype_policy(FLAGS.precision)
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    tf_config = os.environ.get("TF_CONFIG", "")
+    training = "pretrain" in FLAGS.stages or cluster.parse_tf_config(tf_config)
+    strategy = distribution.choose_strategy(
+        FLAGS.strategy if training else "one", tf_config, FLAGS.cluster_timeout
     )
+    # As workers of a cluster would ignore it; nothing is unsaved but in a training.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(checkpointing.EXIT_TOLD_TO_STOP))
+    if not training:
+        return strategy
+    workers, replicas = cluster.number_of_workers(strategy), strategy.num_replicas_in_sync
+    _, groups = batch_norm()
+    if FLAGS.batch_size % (replicas * groups):
+        raise ValueError(
+            "The replicas, and their groups, share the batch evenly. Received: "
+            f"--batch_size={FLAGS.batch_size} for {replicas} replicas"
+            + (f" of {groups} groups" if groups > 1 else "")
+            + f". Use a multiple of {replicas * groups}, or another --strategy or --batch_norm."
+        )
+    if workers > 1 and FLAGS.logical_cpus > 1:
+        raise ValueError(
+            "A worker of a cluster trains on its GPUs or on its whole CPU. Received: "
+            f"--logical_cpus={FLAGS.logical_cpus}, which is for --strategy=mirrored."
+        )
+    if FLAGS.precision == "mixed_bfloat16" and not distribution.bfloat16_is_native():
+        logging.warning(
+            "These devices emulate bfloat16, many times slower than float32. --precision=float32 "
+            "is the faster one here."
+        )
+    here = replicas // workers
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    index = cluster.worker_index(strategy)
+    who = f"Worker {index} of {workers}{' (the chief)' * (index == 0)}: " if workers > 1 else ""
+    say(
+        f"{who}{here} {kind} replica{'s' * (here > 1)}"
+        + (f", {replicas} in all" if workers > 1 else "")
+        + f": global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
+    )
+    if index > 0:
+        sys.stdout = open(os.devnull, "w")  # The chief speaks for all; errors go to stderr.
     return strategy
 
 
-def load_data():
+def load_data(strategy):
     if FLAGS.stages == ["export"]:
         return None, None
-    train, test = isd_tf.datasets.load(
-        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
-    )
+    # The chief first: what TFDS prepares on a shared disk, it prepares once.
+    for turn in (True, False):
+        with cluster.failing_together(strategy):
+            if cluster.is_chief(strategy) == turn:
+                train, test = isd_tf.datasets.load(
+                    FLAGS.dataset,
+                    FLAGS.train_split,
+                    FLAGS.test_split,
+                    FLAGS.data_dir,
+                    FLAGS.image_list,
+                )
     labelled = isd_tf.datasets.is_labelled(train)
     classes = f"{len(train.class_names)} classes" if labelled else "no labels"
     say(f"{train.name}: {len(train)} images, {classes}.")
@@ -262,6 +374,13 @@ def load_data():
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
             f"{len(train)} images of {train.name}. Lower --batch_size, and --queue_size with it."
+        )
+    if steps_per_epoch(train) % FLAGS.steps_per_execution:
+        steps = steps_per_epoch(train)
+        fitting = [str(n) for n in range(1, min(steps, 101)) if steps % n == 0]
+        raise ValueError(
+            f"--steps_per_execution must divide the {steps} steps of an epoch. Received: "
+            f"{FLAGS.steps_per_execution}. Use one of {', '.join(fitting)}."
         )
     if FLAGS.queue_size > len(train):
         logging.warning(
@@ -273,61 +392,103 @@ def load_data():
     return train, test
 
 
+def require_same_on_all_workers(strategy, train):
+    mine = FLAGS.get_flags_for_module(__name__)
+    settings = {f"--{f.name}": str(f.value) for f in mine if f.name not in MACHINES_OWN}
+    cluster.require_same(strategy, settings | {"images": json.dumps(fingerprint(train))})
+
+
 @contextlib.contextmanager
-def locked_workdir():
-    """Makes the workdir, and keeps other processes out of it."""
+def locked_workdir(strategy):
+    """Makes the workdir, and keeps other runs out of it."""
     workdir = pathlib.Path(FLAGS.workdir)
+    with contextlib.ExitStack() as until_the_end:
+        with cluster.failing_together(strategy):
+            if cluster.is_chief(strategy):
+                until_the_end.enter_context(lock(workdir))
+        require_shared(workdir, strategy)
+        yield workdir
+
+
+@contextlib.contextmanager
+def lock(workdir):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
+        file = open(workdir / ".lock", "w")
     except OSError as error:
         raise OSError(
             f"--workdir must be a folder that can be written. Received: {FLAGS.workdir} ({error})."
         ) from error
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
                 f"Another process is at work in {workdir}. Wait for it, or use another --workdir."
             ) from None
-        yield workdir
+        yield
+
+
+def require_shared(workdir, strategy):
+    """Lets the chief leave a number in the workdir, which all the others must find there."""
+    if cluster.number_of_workers(strategy) == 1:
+        return
+    path, number = workdir / ".cluster", random.SystemRandom().getrandbits(60)
+    with cluster.failing_together(strategy):
+        if cluster.is_chief(strategy):
+            path.write_text(str(number))
+    number = int(cluster.gather_from_workers(strategy, number)[0])
+    with cluster.failing_together(strategy):
+        if not path.exists() or path.read_text() != str(number):
+            raise FileNotFoundError(
+                f"All workers must share the workdir. Received: --workdir={workdir}, which on "
+                f"{platform.node()} does not hold what the chief has just written. Use a folder "
+                "that all machines see."
+            )
+
+
+def fingerprint(train):
+    return {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
 
 
 def begin_or_continue(workdir, checkpoints, train):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
-    mine = FLAGS.get_flags_for_module(__name__)
-    data = workdir / "dataset.json"
-    fingerprint = (
-        {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
-    )
-    if not checkpoints.exist:
-        flagfiles.write(workdir / "run.flags", mine)
-        data.write_text(json.dumps(fingerprint) + "\n")
-    else:
-        recipe = [flag for flag in mine if flag.name not in NOT_RECIPE]
-        flagfiles.require_same(workdir / "run.flags", recipe)
-        before = json.loads(data.read_text()) if data.exists() else fingerprint
-        if train and before != fingerprint:
-            raise ValueError(
-                f"The workdir {workdir} was begun with other images: {before['images']} then, "
-                f"{len(train)} of {train.name} now"
-                + (", the same number but not the same" if before["images"] == len(train) else "")
-                + ". Restore them to continue it, or use another --workdir."
-            )
-    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-    (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    with cluster.failing_together(checkpoints.strategy):
+        if not cluster.is_chief(checkpoints.strategy):
+            return
+        mine = FLAGS.get_flags_for_module(__name__)
+        data = workdir / "dataset.json"
+        now = fingerprint(train)
+        if not checkpoints.exist:
+            flagfiles.write(workdir / "run.flags", mine)
+            data.write_text(json.dumps(now) + "\n")
+        else:
+            recipe = [flag for flag in mine if flag.name not in NOT_RECIPE]
+            flagfiles.require_same(workdir / "run.flags", recipe)
+            before = json.loads(data.read_text()) if data.exists() else now
+            if train and before != now:
+                same_number = before["images"] == len(train)
+                raise ValueError(
+                    f"The workdir {workdir} was begun with other images: {before['images']} then, "
+                    f"{len(train)} of {train.name} now"
+                    + (", the same number but not the same" if same_number else "")
+                    + ". Restore them to continue it, or use another --workdir."
+                )
+        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+        (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
 def build_model(strategy, steps_per_epoch):
-    synchronized = FLAGS.batch_norm == "synchronized"
+    synchronized, groups = batch_norm()
     with strategy.scope():
-        encoder = isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized)
+        encoder = isd_tf.build_encoder(
+            FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
+        )
         model = isd_tf.ISD(
             encoder,
-            *encoders.HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized),
+            *encoders.HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
             queue_size=FLAGS.queue_size,
             teacher_temperature=FLAGS.teacher_temperature,
             student_temperature=FLAGS.student_temperature,
@@ -341,64 +502,78 @@ def build_model(strategy, steps_per_epoch):
             rate = isd_tf.DropsByEpoch(
                 FLAGS.learning_rate, FLAGS.drop_epochs, FLAGS.drop_factor, steps_per_epoch
             )
-        model.compile(isd_tf.TorchSGD(rate, FLAGS.sgd_momentum, FLAGS.weight_decay))
+        model.compile(
+            isd_tf.TorchSGD(rate, FLAGS.sgd_momentum, FLAGS.weight_decay),
+            jit_compile=FLAGS.compile,
+            steps_per_execution=FLAGS.steps_per_execution,
+        )
     return model
 
 
 def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
-    steps_per_epoch = len(train) // FLAGS.batch_size
-    if first_step >= FLAGS.epochs * steps_per_epoch:
+    if first_step >= FLAGS.epochs * steps_per_epoch(train):
         say("The pretraining is complete.")
         return
+    strategy, service = checkpoints.strategy, None
+    if FLAGS.data_service:
+        service = isd_tf.DataService(FLAGS.data_service, str(workdir.resolve()))
 
     def batches_from(step):
-        return isd_tf.pretraining_batches(
-            train,
-            views(),
-            FLAGS.image_size,
-            FLAGS.batch_size,
-            FLAGS.seed,
-            step,
-            unreadable[0],
+        return strategy.distribute_datasets_from_function(
+            lambda context: isd_tf.pretraining_batches(
+                train,
+                views(),
+                FLAGS.image_size,
+                FLAGS.batch_size,
+                FLAGS.seed,
+                step,
+                unreadable[0],
+                context,
+                service,
+            )
         )
 
-    history = keras.callbacks.History()
-    callbacks = [
+    start = time.monotonic()
+
+    def record_epoch(epoch, logs):
+        # Accuracies are the evaluation's to tell.
+        means = {name: float(value) for name, value in logs.items() if not name.endswith("nn")}
+        means["pretrain_seconds_since_start"] = time.monotonic() - start
+        means["unreadable_images"] = len(unreadable[0].names)
+        record(workdir, means | {"step": checkpoints.step})
+
+    stop = checkpointing.StopWhenTold(checkpoints)
+    watching = [
         monitoring.EpochMeans(),
         monitoring.Throughput(FLAGS.batch_size),
-        checkpointing.StopAtNonFiniteLoss(checkpoints),
-        *knn_callback(train, test, unreadable),
+        *knn_callback(train, test, unreadable, stop),
         monitoring.Progress(FLAGS.epochs),
-        checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
-        history,
+        keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
     ]
-    start = time.monotonic()
+    checking = [monitoring.CheckReplicas(batch_norm()[0])] if FLAGS.check_replicas else []
     checkpointing.fit_from_step(
         model,
         batches_from,
         first_step,
-        steps_per_epoch,
+        steps_per_epoch(train),
         FLAGS.epochs,
-        callbacks=callbacks,
+        callbacks=[
+            checkpointing.StopAtNonFiniteLoss(checkpoints),
+            *checking,
+            *(watching if cluster.is_chief(strategy) else []),
+            checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
+            stop,
+        ],
         verbose=0,
     )
-    # The last epoch's; accuracies are the evaluation's to tell.
-    results = {
-        name: float(values[-1])
-        for name, values in history.history.items()
-        if not name.endswith("nn")
-    }
-    results["pretrain_seconds_since_start"] = time.monotonic() - start
-    results["unreadable_images"] = len(unreadable[0].names)
-    record(workdir, results | {"step": checkpoints.step})
 
 
-def knn_callback(train, test, unreadable):
+def knn_callback(train, test, unreadable, stop):
     if not FLAGS.knn_every_epochs or reason_not_to_score(train, test):
         return []
     bank, queries = evaluation_data(train, test, unreadable)
-    return [knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs)]
+    return [knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs, lambda: stop.told)]
 
 
 def evaluate(model, train, test, unreadable, workdir):
@@ -463,10 +638,15 @@ def readable_errors(argv):
     """Ends errors in one sentence, and with --verbosity=1 in a stack trace as well."""
     try:
         main(argv)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, cluster.WorkerError) as error:
         if FLAGS.verbosity >= 1:
             raise
-        sys.exit(f"run.py: {error}\n(--verbosity=1 shows where this was found.)")
+        print(
+            f"run.py: {error}\n(--verbosity=1 shows where this was found.)",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, cluster.PeersError) else 1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from isd_tf.encoders import build_encoder, isd_heads, isd_plus_heads
 from isd_tf.evaluation.knn import knn_accuracy
 from isd_tf.export import export_encoder
 from isd_tf.feature_queue import FeatureQueue
-from isd_tf.input_pipeline import evaluation_batches, pretraining_batches
+from isd_tf.input_pipeline import DataService, evaluation_batches, pretraining_batches
 from isd_tf.isd import ISD
 from isd_tf.optimizers import TorchSGD
 from isd_tf.schedules import CosineByEpoch, DropsByEpoch
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ISD",
     "CosineByEpoch",
+    "DataService",
     "DropsByEpoch",
     "FeatureQueue",
     "StudentTeacher",

@@ -1,12 +1,15 @@
 """Checkpoints that a killed run continues from, exactly.
 
 A checkpoint holds student, teacher, heads, queue, pointer, labels, optimizer and step. Order of
-images and views are functions of (seed, step), so nothing else is state.
+images and views are functions of (seed, step), so nothing else is state. Of several workers the
+chief writes and all read; what one of them finds wrong ends them all.
 """
 
 import os
 import pathlib
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 
 import keras
@@ -14,93 +17,157 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from isd_tf import cluster
+
+# Exit code of a process that was told to stop, as shells have it: 128 + SIGTERM.
+EXIT_TOLD_TO_STOP = 128 + signal.SIGTERM
+
 
 class Checkpoints:
-    """The checkpoints of a directory: one folder a step, the newest ones kept.
+    """The checkpoints of a directory: one folder a step.
 
     Args:
-        directory: made if missing.
+        directory: made if missing; all workers must see it.
         model: a compiled model, whose variables all exist.
         keep: how many of the newest to keep.
+        keep_every_steps: besides these, every checkpoint at a multiple of it is kept; 0: none.
+        continue_without: whether a checkpoint that cannot be written, on a full disk for example,
+            is reported and the run goes on; by default it ends.
     """
 
-    def __init__(self, directory: str | os.PathLike, model: keras.Model, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        model: keras.Model,
+        keep: int = 2,
+        keep_every_steps: int = 0,
+        continue_without: bool = False,
+    ):
         if keep < 1:
             raise ValueError(f"At least one checkpoint must be kept. Received: keep={keep}.")
         self.directory = pathlib.Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.model = model
         self.keep = keep
+        self.keep_every_steps = keep_every_steps
+        self.continue_without = continue_without
+        self.strategy = model.distribute_strategy
         self._checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        if cluster.is_chief(self.strategy):
+            self.directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far."""
-        return int(self.model.optimizer.iterations.numpy())
+        """Steps taken so far."""
+        return int(self.model.step.numpy())
 
     def save(self) -> None:
         """Writes the present step beside the others, and then gives it its name.
 
+        Called by all workers.
+
         Raises:
             FloatingPointError: when a weight is not finite; the former checkpoints stay.
+            OSError: when it cannot be written, unless `continue_without`; the former ones stay.
+            WorkerError: on the other workers.
         """
+        with cluster.failing_together(self.strategy):
+            self._require_finite_weights()
+            if not cluster.is_chief(self.strategy) or self._place(self.step).exists():
+                return
+            try:
+                self._write(self._place(self.step))
+            except (OSError, tf.errors.OpError) as error:
+                reason = f"{error}".splitlines()[0]
+                problem = (
+                    f"The checkpoint of step {self.step} cannot be written to {self.directory} "
+                    f"({reason}); {self._newest()}. Free some space or repair the disk"
+                )
+                if not self.continue_without:
+                    raise OSError(f"{problem}; the same command continues from there.") from error
+                logging.error("%s. The run goes on without.", problem)
+
+    def _require_finite_weights(self):
         for variable in self.model.variables:
             if not np.isfinite(variable.numpy()).all():
                 raise FloatingPointError(
                     f"The weight {variable.path} is no longer finite at step {self.step}. "
                     f"{self.advice()}"
                 )
-        place = self._place(self.step)
-        if place.exists():
-            return
+
+    def _write(self, place):
         unfinished = self.directory / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        self._checkpoint.write(str(unfinished / "state"))
+        try:
+            self._checkpoint.write(str(unfinished / "state"))
+            _flush_to_disk(unfinished)
+        except (OSError, tf.errors.OpError):
+            shutil.rmtree(unfinished, ignore_errors=True)  # What is there fills the disk.
+            raise
         unfinished.rename(place)
+        _flush_to_disk(self.directory)
         for old in self._steps()[self.keep :]:
-            shutil.rmtree(self._place(old))
+            if not self.keep_every_steps or old % self.keep_every_steps:
+                shutil.rmtree(self._place(old))
 
     def restore_newest(self) -> int:
         """Restores the newest checkpoint that can be read whole, and returns its step.
 
-        A checkpoint that cannot be read is reported and the one before it taken. Returns 0 and
-        changes nothing where there is none.
+        Called by all workers, who take the one that the chief chooses. A checkpoint that cannot be
+        read is reported and the one before it taken. Returns 0 and changes nothing where there is
+        none.
 
         Raises:
             ValueError: when a checkpoint belongs to another model, or none of those there can be
                 read.
+            WorkerError: when that happened on another worker.
         """
+        chosen = 0
+        with cluster.failing_together(self.strategy):
+            if cluster.is_chief(self.strategy):
+                chosen = self._newest_readable()
+        step = int(cluster.gather_from_workers(self.strategy, chosen)[0])
+        with cluster.failing_together(self.strategy):
+            if step:
+                self._restore(step)
+        return step
+
+    def _newest_readable(self):
         for step in self._steps():
-            path = str(self._place(step) / "state")
-            problem = _read_problem(path)
-            if problem:
-                # Out of the way, so that this step can be saved again.
-                damaged = self.directory / f"damaged-{step:08d}"
-                shutil.rmtree(damaged, ignore_errors=True)
-                self._place(step).rename(damaged)
-                logging.warning(
-                    "The checkpoint of step %d cannot be read (%s) and is now %s; taking the one "
-                    "before.",
-                    step,
-                    problem,
-                    damaged,
-                )
-                continue
-            try:
-                self._checkpoint.read(path).assert_consumed()
-            except (ValueError, AssertionError) as error:
-                raise ValueError(
-                    f"The checkpoint {path} belongs to another model: "
-                    f"{str(error).splitlines()[0]} Use the flags that it was written with, or "
-                    "another --workdir."
-                ) from error
-            return step
+            problem = _read_problem(str(self._place(step) / "state"))
+            if not problem:
+                return step
+            # Out of the way, so that this step can be saved again.
+            damaged = self.directory / f"damaged-{step:08d}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            self._place(step).rename(damaged)
+            logging.warning(
+                "The checkpoint of step %d cannot be read (%s) and is now %s; taking the one "
+                "before.",
+                step,
+                problem,
+                damaged,
+            )
         if self.exist:
             raise ValueError(
                 f"None of the checkpoints in {self.directory} can be read. Restore one from a "
                 "copy, or use another --workdir to start anew."
             )
         return 0
+
+    def _restore(self, step):
+        path = str(self._place(step) / "state")
+        try:
+            self._checkpoint.read(path).assert_consumed()
+        except tf.errors.NotFoundError as error:
+            raise FileNotFoundError(
+                f"Every worker must see the checkpoints. Received: no {path} here. Use a --workdir "
+                "that all machines share."
+            ) from error
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"The checkpoint {path} belongs to another model: {str(error).splitlines()[0]} Use "
+                "the flags that it was written with, or another --workdir."
+            ) from error
 
     @property
     def newest_step(self) -> int:
@@ -114,11 +181,17 @@ class Checkpoints:
 
     def advice(self) -> str:
         """Where the last good checkpoint is, and what to do when values are no longer finite."""
-        steps = self._steps()
-        newest = f"The last good checkpoint is {self._place(steps[0])}." if steps else ""
         return (
-            f"{newest} The same flags would end in the same way: lower --learning_rate or raise "
-            "the temperatures, in another --workdir."
+            f"{self._newest()}. The same flags would end in the same way: lower --learning_rate or "
+            "raise the temperatures, in another --workdir."
+        )
+
+    def _newest(self):
+        steps = self._steps()
+        return (
+            f"The last good checkpoint is {self._place(steps[0])}"
+            if steps
+            else "None was saved yet"
         )
 
     def _place(self, step):
@@ -146,11 +219,57 @@ class SaveCheckpoints(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # The last step is saved when the epoch's evaluations are done, or they could be lost.
         is_last = batch + 1 == self.params["steps"]
-        if self.every_steps and self.checkpoints.step % self.every_steps == 0 and not is_last:
+        # An execution of several steps may pass over the multiple.
+        due = self.every_steps and (
+            self.checkpoints.step % self.every_steps < self.model.steps_per_execution
+        )
+        if due and not is_last:
             self.checkpoints.save()
 
     def on_epoch_end(self, epoch, logs=None):
         self.checkpoints.save()
+
+
+class StopWhenTold(keras.callbacks.Callback):
+    """At SIGTERM, as a machine sends that is about to be taken away: saves, and exits with 143.
+
+    On all workers after the same step, whichever of them was told: every call of the train function
+    asks them. Stands behind SaveCheckpoints. Made after the strategy, which would have workers
+    ignore the signal.
+
+    Args:
+        checkpoints: where to save.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.told = False
+        self.on_train_end()
+
+    def on_train_begin(self, logs=None):
+        def note(*_):
+            self.told = True
+
+        signal.signal(signal.SIGTERM, note)
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The last step of an epoch is saved at its end, with what the epoch's logs say.
+        if batch + 1 < self.params["steps"]:
+            self._stop_if_told()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._stop_if_told()
+
+    def on_train_end(self, logs=None):
+        # Outside of a training nothing is unsaved.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TOLD_TO_STOP))
+
+    def _stop_if_told(self):
+        if cluster.gather_from_workers(self.checkpoints.strategy, int(self.told)).any():
+            self.checkpoints.save()
+            print(f"Told to stop (SIGTERM): saved step {self.checkpoints.step}.", flush=True)
+            sys.exit(EXIT_TOLD_TO_STOP)
 
 
 class StopAtNonFiniteLoss(keras.callbacks.Callback):
@@ -185,22 +304,26 @@ def fit_from_step(
     Args:
         model: compiled, restored to `first_step`.
         batches_from: step to the batches from that step on.
-        first_step: optimizer steps already taken.
-        steps_per_epoch: of the whole training.
+        first_step: steps already taken.
+        steps_per_epoch: of the whole training; a multiple of the model's steps_per_execution.
         epochs: of the whole training.
         **fit_arguments: handed to `fit`, callbacks and all.
     """
     epoch, done = divmod(first_step, steps_per_epoch)
     if done:
         # fit counts an epoch's steps from 0, so the broken epoch has a call of its own.
+        remaining, steps_per_execution = steps_per_epoch - done, model.steps_per_execution
+        if remaining % steps_per_execution:
+            _set_steps_per_execution(model, 1)
         model.fit(
             batches_from(first_step),
             initial_epoch=epoch,
             epochs=epoch + 1,
-            steps_per_epoch=steps_per_epoch - done,
+            steps_per_epoch=remaining,
             shuffle=False,
             **fit_arguments,
         )
+        _set_steps_per_execution(model, steps_per_execution)
         epoch += 1
     if epoch < epochs:
         model.fit(
@@ -211,6 +334,23 @@ def fit_from_step(
             shuffle=False,
             **fit_arguments,
         )
+
+
+def _set_steps_per_execution(model, steps):
+    if model.steps_per_execution != steps:
+        model.steps_per_execution = steps
+        model.make_train_function(force=True)
+
+
+def _flush_to_disk(directory):
+    """Waits until a directory and its files would survive a loss of power."""
+    for path in (*directory.glob("*"), directory):
+        if path.is_file() or path == directory:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _read_problem(path):

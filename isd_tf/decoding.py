@@ -67,7 +67,7 @@ def decode_first_readable(
     candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
     read: Callable[[tf.Tensor], tf.Tensor],
     attempts: int,
-    unreadable: Unreadable,
+    unreadable: Unreadable | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes the first candidate that can be read.
 
@@ -75,11 +75,18 @@ def decode_first_readable(
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
         read: source to encoded bytes; may fail, as decoding may.
         attempts: how many candidates there are.
-        unreadable: where failures are reported.
+        unreadable: where failures are reported; None where this runs in another process, which
+            can only fail at the first.
 
     Returns:
         The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
+    if unreadable is None:
+        source, name, label = candidate(tf.constant(0, tf.int64))
+        image = _decode_or_empty(source, read)
+        reason = "Unreadable image (a data service replaces none; remove or repair it):"
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [reason, name])]):
+            return tf.identity(image), label
 
     def attempt(number):
         source, name, label = candidate(number)
@@ -114,17 +121,10 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_or_empty(source, read):
-    return _or_else(source, lambda source: decode(read(source)), tf.zeros([0, 0, 3], tf.uint8))
-
-
-def _or_else(source, function, default):
-    """Returns function(source), or `default` where it fails.
-
-    A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
-    """
-    result = tf.data.Dataset.from_tensors(source).map(function).ignore_errors()
-    default = tf.data.Dataset.from_tensors(default)
-    return result.concatenate(default).take(1).get_single_element()
+    # A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
+    image = tf.data.Dataset.from_tensors(source).map(lambda x: decode(read(x))).ignore_errors()
+    empty = tf.data.Dataset.from_tensors(tf.zeros([0, 0, 3], tf.uint8))
+    return image.concatenate(empty).take(1).get_single_element()
 
 
 def _decode_by_pillow(source, read, name, unreadable):

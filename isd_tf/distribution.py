@@ -2,26 +2,54 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
+from isd_tf import cluster
 
-def choose_strategy(name: str) -> tf.distribute.Strategy:
-    """Returns the distribution strategy of a name.
+STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
+
+
+def choose_strategy(
+    name: str, tf_config: str = "", cluster_timeout: float = 600
+) -> tf.distribute.Strategy:
+    """Returns the distribution strategy of a name. Comes before anything else of TensorFlow's.
 
     Args:
         name: "one" (a single device), "mirrored" (every visible GPU or, without GPUs, every
-            logical CPU), or "auto" (mirrored when several GPUs are visible).
+            logical CPU), "multi_worker" (every GPU, or else the CPU, of every process in
+            `tf_config`), or "auto": multi_worker where `tf_config` names a cluster, mirrored where
+            several GPUs are visible, else one.
+        tf_config: what the environment has as TF_CONFIG, as in `cluster.parse_tf_config`.
+        cluster_timeout: seconds to wait for the other workers.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or a cluster that cannot be read.
+        OSError: when the workers do not find each other.
     """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}. Received: {name!r}.")
+    if name == "multi_worker" or (name == "auto" and cluster.parse_tf_config(tf_config)):
+        return cluster.join(tf_config, cluster_timeout)
     gpus = tf.config.list_logical_devices("GPU")
-    if name == "one" or (name == "auto" and len(gpus) < 2):
-        return tf.distribute.get_strategy()
-    if name in ("auto", "mirrored"):
+    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = gpus or tf.config.list_logical_devices("CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
-    raise ValueError(f"strategy must be one of auto, one, mirrored. Received: {name!r}.")
+    return tf.distribute.get_strategy()
+
+
+def bfloat16_is_native() -> bool:
+    """Whether the visible devices compute in bfloat16, rather than emulate it many times slower."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+        return all(each.get("compute_capability", (0, 0)) >= (8, 0) for each in details)
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(file.read().split())
+    except OSError:
+        return True  # Not Linux: unknown, so nothing to warn of.
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def number_of_replicas() -> int:
@@ -33,7 +61,16 @@ def gather_across_replicas(values: tf.Tensor) -> tf.Tensor:
     """Concatenates every replica's values [b, ...] in the order of the global batch [B, ...]."""
     if number_of_replicas() == 1:
         return values
-    return tf.distribute.get_replica_context().all_gather(values, axis=0)
+    # Made here: what comes from outside the replica, as a batch does, may lie on no device that
+    # TensorFlow knows of.
+    return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
+
+
+def mean_over_replicas(values: tf.Tensor) -> tf.Tensor:
+    """Returns, on every replica, the mean of all replicas' values, of the same shape on each."""
+    if number_of_replicas() == 1:
+        return values
+    return tf.distribute.get_replica_context().all_reduce("MEAN", values)
 
 
 def own_rows(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -48,13 +85,38 @@ def own_rows(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     )
 
 
+def all_finite_or_none(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Makes gradients that are not finite on one replica so on every replica.
+
+    Keras' loss scaling skips a step whose gradients overflow, but lets each replica judge by its
+    own: they would part ways, or wait for each other for ever.
+    """
+    if number_of_replicas() == 1:
+        return gradients
+    nothing = tf.add_n([tf.reduce_sum(gradient * 0) for gradient in gradients])  # 0 or NaN
+    nothing = tf.distribute.get_replica_context().all_reduce("SUM", nothing)
+    return [gradient + nothing for gradient in gradients]
+
+
+def replica_digests(strategy: tf.distribute.Strategy, variables: list) -> np.ndarray:
+    """Returns a digest of every replica's copy of every Keras variable: int64 [replicas, V].
+
+    Two copies have the same digest where they have the same bits. All of it passes through the
+    host: for checks, not for every step.
+    """
+    copies = [strategy.experimental_local_results(variable.value) for variable in variables]
+    digests = [[cluster.digest(copy.numpy().tobytes()) for copy in each] for each in copies]
+    workers = cluster.gather_from_workers(strategy, np.array(digests, np.int64).T)
+    return workers.reshape(-1, len(variables))
+
+
 def call_shuffled(
     function: Callable[[tf.Tensor], tf.Tensor], images: tf.Tensor, seed: tf.Tensor
 ) -> tf.Tensor:
     """Calls `function` on images shuffled across all replicas, and returns its rows unshuffled.
 
-    Where BatchNorm sees one replica at a time (Shuffle-BN, MoCo section 3.3), teacher and student
-    would otherwise share the statistics of the same images, and match by them.
+    Where BatchNorm sees one replica, or one group, at a time (Shuffle-BN, MoCo section 3.3),
+    teacher and student would otherwise share the statistics of the same images, and match by them.
 
     Args:
         function: images [b, S, S, 3] to embeddings [b, D].
@@ -64,8 +126,6 @@ def call_shuffled(
     Returns:
         Embeddings [b, D] in the order of `images`.
     """
-    if number_of_replicas() == 1:
-        return function(images)  # A permutation of the only batch changes no statistic.
     count = tf.shape(images)[0]
     everyone = gather_across_replicas(images)  # [B, S, S, 3]
     order = tf.random.experimental.stateless_shuffle(tf.range(tf.shape(everyone)[0]), seed)

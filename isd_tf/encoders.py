@@ -8,7 +8,10 @@ Sources: He et al. 2016; torchvision.models.resnet; UMBCvision/ISD train_isd.py:
 train_isd_plus.py:96-137 for the heads.
 """
 
+import functools
+
 import keras
+import tensorflow as tf
 from keras import layers
 
 # Inputs up to this side have a stem of one 3x3 convolution, without pooling.
@@ -29,6 +32,7 @@ def build_encoder(
     image_size: int,
     width: int | None = None,
     synchronized_batch_norm: bool = False,
+    batch_norm_groups: int = 1,
 ) -> keras.Model:
     """Builds an untrained encoder: images to pooled features.
 
@@ -38,6 +42,7 @@ def build_encoder(
             in the large ResNets keeps the resolution.
         width: channels of the first stage; 64 for the ResNets, 32 for tiny_resnet.
         synchronized_batch_norm: whether BatchNorm's statistics are those of all replicas.
+        batch_norm_groups: parts of a replica's batch that have BatchNorm statistics of their own.
 
     Returns:
         A functional model from normalised images [B, S, S, 3] to features [B, C]; C is 8 * width
@@ -57,7 +62,7 @@ def build_encoder(
             "An encoder needs images of at least 8 pixels and a positive width. "
             f"Received: image_size={image_size}, width={width}."
         )
-    net = _ResNetLayers(synchronized_batch_norm)
+    net = _ResNetLayers(synchronized_batch_norm, batch_norm_groups)
     block = net.bottleneck_block if bottleneck else net.basic_block
 
     images = keras.Input((image_size, image_size, 3), name="images")
@@ -74,15 +79,20 @@ def build_encoder(
         for index in range(blocks):
             stride = 2 if stage > 0 and index == 0 else 1
             x = block(x, width * 2**stage, stride, f"layer{stage + 1}_{index}")
-    features = layers.GlobalAveragePooling2D(name="features")(x)
+    # In the weights' precision, for the embeddings that some heads make of it directly.
+    pool = layers.GlobalAveragePooling2D(
+        dtype=keras.config.dtype_policy().variable_dtype, name="features"
+    )
+    features = pool(x)
     return keras.Model(images, features, name=name)
 
 
 class _ResNetLayers:
     """The layers of a ResNet, with what they all share."""
 
-    def __init__(self, synchronized: bool):
+    def __init__(self, synchronized: bool, groups: int):
         self.synchronized = synchronized
+        self.groups = groups
 
     def convolution(self, x, channels, kernel, stride, name):
         if kernel > 1:
@@ -100,7 +110,7 @@ class _ResNetLayers:
         )(x)
 
     def batch_norm(self, x, name):
-        return batch_norm(self.synchronized, name)(x)
+        return batch_norm(self.synchronized, self.groups, name)(x)
 
     def relu(self, x, name):
         return layers.ReLU(name=name)(x)
@@ -128,30 +138,79 @@ class _ResNetLayers:
         return self.relu(layers.Add(name=f"{name}_add")([x, y]), f"{name}_relu")
 
 
-def batch_norm(synchronized: bool, name: str) -> layers.BatchNormalization:
+def batch_norm(synchronized: bool, groups: int, name: str) -> layers.BatchNormalization:
     """BatchNorm with PyTorch's constants (its momentum 0.1 is Keras' 0.9)."""
-    return layers.BatchNormalization(
-        momentum=0.9, epsilon=1e-5, synchronized=synchronized, name=name
-    )
+    settings = dict(momentum=0.9, epsilon=1e-5, name=name)
+    if groups > 1:
+        if synchronized:
+            raise ValueError(
+                "BatchNorm's statistics are either synchronised or those of groups. Received: "
+                f"synchronized=True, groups={groups}."
+            )
+        return GroupedBatchNormalization(groups, **settings)
+    return layers.BatchNormalization(synchronized=synchronized, **settings)
+
+
+@keras.saving.register_keras_serializable("isd_tf")
+class GroupedBatchNormalization(layers.BatchNormalization):
+    """BatchNorm over each of several groups of a batch: one device with the statistics of many.
+
+    A batch [B, ..., C] is normalised in `groups` parts of B / groups consecutive examples, as that
+    many devices would. The moving statistics gather the mean of the groups' own.
+
+    Args:
+        groups: number of parts; must divide the batch.
+        **kwargs: as in keras.layers.BatchNormalization.
+
+    Raises:
+        ValueError: if groups is not positive.
+    """
+
+    def __init__(self, groups: int, **kwargs):
+        super().__init__(**kwargs)
+        if groups < 1:
+            raise ValueError(f"BatchNorm needs at least one group. Received: groups={groups}.")
+        self.groups = groups
+
+    def call(self, inputs, training=None, mask=None):
+        if not training:
+            return super().call(inputs, training=False, mask=mask)
+        shape = tf.shape(inputs)
+        # In the weights' precision, also where the network computes in half of it.
+        x = tf.cast(inputs, self.variable_dtype)
+        x = tf.reshape(x, tf.concat([[self.groups, shape[0] // self.groups], shape[1:]], 0))
+        axes = list(range(1, inputs.shape.rank))
+        mean, variance = tf.nn.moments(x, axes, keepdims=True)  # [groups, 1, ..., C]
+        for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            new = tf.reshape(tf.reduce_mean(statistic, axis=0), [-1])
+            moving.assign(moving * self.momentum + new * (1 - self.momentum))
+        x = tf.nn.batch_normalization(x, mean, variance, self.beta, self.gamma, self.epsilon)
+        return tf.cast(tf.ensure_shape(tf.reshape(x, shape), inputs.shape), self.compute_dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "groups": self.groups}
 
 
 # -------------------------------------------------------------------------------------- heads
 
 
-def isd_heads(feature_dim: int, synchronized_batch_norm: bool = False) -> tuple[None, keras.Model]:
+def isd_heads(
+    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
+) -> tuple[None, keras.Model]:
     """ISD: embeddings are the features themselves; the student alone has a predictor.
 
     Returns:
         (None, predictor): predictor is Linear(d, d) without bias - BN - ReLU - Linear(d, d).
     """
+    norm = functools.partial(batch_norm, synchronized_batch_norm, batch_norm_groups)
     predictor = _two_layer_perceptron(
-        feature_dim, feature_dim, feature_dim, False, synchronized_batch_norm, "predictor"
+        feature_dim, feature_dim, feature_dim, False, norm, "predictor"
     )
     return None, predictor
 
 
 def isd_plus_heads(
-    feature_dim: int, synchronized_batch_norm: bool = False
+    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
 ) -> tuple[keras.Model, keras.Model]:
     """ISD+: a projector on both sides, and a predictor on the student's.
 
@@ -167,33 +226,32 @@ def isd_plus_heads(
             f"ISD+ projects features to a quarter of their size. Received: {feature_dim} features."
         )
     hidden, embedding = 2 * feature_dim, feature_dim // 4
-    projector = _two_layer_perceptron(
-        feature_dim, hidden, embedding, True, synchronized_batch_norm, "projector"
-    )
-    predictor = _two_layer_perceptron(
-        embedding, hidden, embedding, True, synchronized_batch_norm, "predictor"
-    )
+    norm = functools.partial(batch_norm, synchronized_batch_norm, batch_norm_groups)
+    projector = _two_layer_perceptron(feature_dim, hidden, embedding, True, norm, "projector")
+    predictor = _two_layer_perceptron(embedding, hidden, embedding, True, norm, "predictor")
     return projector, predictor
 
 
 HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads}
 
 
-def _two_layer_perceptron(inputs, hidden, outputs, first_bias, synchronized, name):
+def _two_layer_perceptron(inputs, hidden, outputs, first_bias, norm, name):
+    policy = keras.config.dtype_policy()
     return keras.Sequential(
         [
             # Keras would round features to float32 where more precision is asked for.
-            keras.Input((inputs,), dtype=keras.config.dtype_policy().compute_dtype),
+            keras.Input((inputs,), dtype=policy.variable_dtype),
             _torch_dense(inputs, hidden, first_bias, "linear1"),
-            batch_norm(synchronized, "bn"),
+            norm("bn"),
             layers.ReLU(name="relu"),
-            _torch_dense(hidden, outputs, True, "linear2"),
+            # In the weights' precision: embeddings are compared more finely than half of it.
+            _torch_dense(hidden, outputs, True, "linear2", dtype=policy.variable_dtype),
         ],
         name=name,
     )
 
 
-def _torch_dense(inputs, outputs, use_bias, name):
+def _torch_dense(inputs, outputs, use_bias, name, dtype=None):
     """A dense layer with PyTorch's initial values, uniform in +-1/sqrt(inputs)."""
     limit = inputs**-0.5
     return layers.Dense(
@@ -201,5 +259,6 @@ def _torch_dense(inputs, outputs, use_bias, name):
         use_bias=use_bias,
         kernel_initializer=keras.initializers.RandomUniform(-limit, limit),
         bias_initializer=keras.initializers.RandomUniform(-limit, limit),
+        dtype=dtype,
         name=name,
     )

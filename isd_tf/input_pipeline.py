@@ -2,11 +2,14 @@
 
 The order of the images and both views of each are a pure function of (seed, step): nothing is
 shuffled by state, so a run continued at any step sees what the uninterrupted run would have seen,
-and the number of replicas changes nothing. For arrays and files this holds image by image; for
-streams of TFRecord files it holds as long as the shards and STREAM_* constants stay the same.
+and the number of replicas and workers changes nothing: of each global batch a worker prepares its
+own rows. For arrays and files this holds image by image; for streams of TFRecord files, of which
+every worker reads all records and decodes its own, as long as the shards and STREAM_* constants
+stay the same. Only tf.data service (`data_service`) gives the order up.
 """
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +27,17 @@ STREAM_CANDIDATES = 4
 PREFETCHED_BATCHES = 2
 
 
+class DataService(NamedTuple):
+    """A tf.data service that prepares batches on other machines (experiments/data_service.py).
+
+    With it the order of the images is not exact: a run that is continued sees some twice and some
+    not at all, and no two runs are the same.
+    """
+
+    address: str  # of its dispatcher, host:port
+    job: str  # a name that the trainers of this run share, and other runs do not
+
+
 def pretraining_batches(
     dataset: Dataset,
     views: tuple[str, str],
@@ -32,8 +46,10 @@ def pretraining_batches(
     seed: int,
     first_step: int = 0,
     unreadable: Unreadable | None = None,
+    input_context: tf.distribute.InputContext | None = None,
+    data_service: DataService | None = None,
 ) -> tf.data.Dataset:
-    """Makes the endless stream of global batches from `first_step` on.
+    """Makes the endless stream of batches from `first_step` on.
 
     An epoch is a permutation of the images by (seed, epoch), its remainder dropped. Every image is
     decoded once and seen twice, through the teacher's and the student's recipe.
@@ -44,15 +60,20 @@ def pretraining_batches(
         image_size: side S of the views in pixels.
         global_batch_size: B, over all replicas.
         seed: of order and views.
-        first_step: optimizer step, counted from 0, of the first batch.
+        first_step: step, counted from 0, of the first batch.
         unreadable: counts images that cannot be read; by default none is tolerated.
+        input_context: as `distribute_datasets_from_function` of a strategy hands it over; by
+            default there is one worker with one replica.
+        data_service: where other machines prepare the batches, first come first served.
 
     Returns:
-        Dicts of "teacher_view" and "student_view", float32 [B, S, S, 3] normalised, and, if the
-        dataset has labels, "label", int64 [B].
+        Dicts of "teacher_view" and "student_view", float32 [b, S, S, 3] normalised, and, if the
+        dataset has labels, "label", int64 [b]. One global batch is one element for each replica of
+        this worker in turn, b = B / replicas.
 
     Raises:
-        ValueError: for an unknown recipe, or a batch larger than the dataset.
+        ValueError: for an unknown recipe, a batch larger than the dataset, or one that the replicas
+            cannot share evenly.
     """
     check_views(views)
     if not 1 <= global_batch_size <= len(dataset):
@@ -60,27 +81,48 @@ def pretraining_batches(
             f"A batch must have at least 1 image and at most the dataset's {len(dataset)}. "
             f"Received: global_batch_size={global_batch_size}. Lower --batch_size."
         )
-    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    context = input_context or tf.distribute.InputContext()
+    if global_batch_size % context.num_replicas_in_sync:
+        raise ValueError(
+            f"{context.num_replicas_in_sync} replicas cannot share a batch of {global_batch_size} "
+            f"evenly. Use a multiple of {context.num_replicas_in_sync} as --batch_size."
+        )
+    if data_service:
+        unreadable = None  # Nobody could count them on another machine.
+        context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
+    else:
+        unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    order = _Order(
+        global_batch_size, context.num_input_pipelines, context.input_pipeline_id, seed, first_step
+    )
     read = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
-    images = read[type(dataset)](dataset, global_batch_size, seed, first_step, unreadable)
-    chunk = global_batch_size if isinstance(dataset, ArrayDataset) else 1
+    images = read[type(dataset)](dataset, order, unreadable)
 
-    def two_views(first_place, chunk_of_images):
-        images, labels = chunk_of_images  # [n, H, W, 3], [n]
-        places = first_place + tf.range(tf.shape(images, out_type=tf.int64)[0])
+    def two_views(places, images, labels):  # [n], [n, H, W, 3], [n]
         batch = {"label": labels} if is_labelled(dataset) else {}
         for view, (name, recipe) in enumerate(zip(("teacher", "student"), views, strict=True)):
+            # Places count images over the whole training, so that no two views share a seed.
             seeds = tf.stack([tf.zeros_like(places) + 2 * seed + view, places], axis=1)
             batch[f"{name}_view"] = augment.RECIPES[recipe](images, seeds, image_size)
         return batch
 
-    # Places count images over the whole training, so that no two views share a seed.
-    places = tf.data.Dataset.range(first_step * global_batch_size, tf.int64.max, chunk)
-    batches = tf.data.Dataset.zip(places, images).map(two_views, tf.data.AUTOTUNE)
-    batches = batches.rebatch(global_batch_size, drop_remainder=True)
+    replica_batch_size = global_batch_size // context.num_replicas_in_sync
+    batches = images.map(two_views, tf.data.AUTOTUNE)
+    batches = batches.rebatch(replica_batch_size, drop_remainder=True)
     options = tf.data.Options()
     options.deterministic = True
-    return batches.with_options(options).prefetch(PREFETCHED_BATCHES)
+    batches = batches.with_options(options)
+    if data_service:
+        # Every trainer takes from the same job, whose batches the service's workers make.
+        batches = batches.apply(
+            tf.data.experimental.service.distribute(
+                tf.data.experimental.service.ShardingPolicy.DYNAMIC,
+                f"grpc://{data_service.address}",
+                job_name=f"{data_service.job}-{first_step}",
+            )
+        )
+    replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
+    return batches.prefetch(PREFETCHED_BATCHES * replicas_here)
 
 
 def evaluation_batches(
@@ -148,27 +190,57 @@ def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.T
 
 
 # ---------------------------------------------------------------- images in the order of training
-# Each returns an endless dataset of (images [n, H, W, 3], labels [n]) from `first_step` on.
+# Each returns an endless dataset of (places [n], images [n, H, W, 3], labels [n]), this worker's.
 
 
-def _array_batches(dataset, global_batch_size, seed, first_step, unreadable):
+class _Order(NamedTuple):
+    """Which places of the training belong to this worker: in every batch, its part of the rows."""
+
+    global_batch_size: int
+    workers: int
+    worker: int
+    seed: int
+    first_step: int
+
+    @property
+    def rows(self):
+        return self.global_batch_size // self.workers
+
+    @property
+    def steps(self):
+        return tf.data.Dataset.range(self.first_step, tf.int64.max)
+
+    def first_place(self, step):
+        return step * self.global_batch_size + self.worker * self.rows
+
+    def is_own(self, place):
+        return place % self.global_batch_size // self.rows == self.worker
+
+
+def _array_batches(dataset, order, unreadable):
     del unreadable  # Arrays are decoded.
     with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
         all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
-    steps_per_epoch = len(dataset) // global_batch_size
+    images_per_epoch = _images_per_epoch(dataset, order)
 
     def gather_batch(step):
-        first = step % steps_per_epoch * global_batch_size
-        places = first + tf.range(global_batch_size, dtype=tf.int64)
-        rows = permuted(places, step // steps_per_epoch, len(dataset), seed)
-        return tf.gather(all_images, rows), tf.gather(all_labels, rows)
+        places = order.first_place(step) + tf.range(order.rows, dtype=tf.int64)
+        rows = permuted(
+            places % images_per_epoch, step * order.global_batch_size // images_per_epoch,
+            len(dataset), order.seed,
+        )  # fmt: skip
+        return places, tf.gather(all_images, rows), tf.gather(all_labels, rows)
 
-    return tf.data.Dataset.counter(first_step).map(gather_batch, tf.data.AUTOTUNE)
+    return order.steps.map(gather_batch, tf.data.AUTOTUNE)
 
 
-def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
+def _file_images(dataset, order, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
-    images_per_epoch = len(dataset) // global_batch_size * global_batch_size
+    images_per_epoch = _images_per_epoch(dataset, order)
+
+    def places_of(step):
+        first = order.first_place(step)
+        return tf.data.Dataset.range(first, first + order.rows)
 
     def decode_image(place):
         epoch, place_in_epoch = place // images_per_epoch, place % images_per_epoch
@@ -176,27 +248,26 @@ def _file_images(dataset, global_batch_size, seed, first_step, unreadable):
         def candidate(attempt):
             # What cannot be read gives way to the next image in the epoch's order.
             next_place = (place_in_epoch + attempt) % len(dataset)
-            row = permuted(next_place, epoch, len(dataset), seed)
+            row = permuted(next_place, epoch, len(dataset), order.seed)
             return paths[row], paths[row], labels[row]
 
         # When none can be read, `unreadable` ends the run.
         image, label = decode_first_readable(candidate, tf.io.read_file, len(dataset), unreadable)
-        return image[tf.newaxis], label[tf.newaxis]
+        return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
 
-    first_place = first_step * global_batch_size
-    return tf.data.Dataset.counter(first_place).map(decode_image, tf.data.AUTOTUNE)
+    return order.steps.flat_map(places_of).map(decode_image, tf.data.AUTOTUNE)
 
 
-def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
-    images_per_epoch = len(dataset) // global_batch_size * global_batch_size
-    first_epoch, skipped = divmod(first_step * global_batch_size, images_per_epoch)
+def _record_images(dataset, order, unreadable):
+    images_per_epoch = _images_per_epoch(dataset, order)
+    first_epoch, skipped = divmod(order.first_step * order.global_batch_size, images_per_epoch)
     files = tf.constant(dataset.files)
     skips, takes = (tf.constant(values, tf.int64) for values in (dataset.skips, dataset.takes))
 
     def epoch_of_records(epoch):
-        key = tf.stack([tf.constant(seed, tf.int64), epoch])
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
-        shards = tuple(tf.gather(values, order) for values in (files, skips, takes))
+        key = tf.stack([tf.constant(order.seed, tf.int64), epoch])
+        permutation = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
+        shards = tuple(tf.gather(values, permutation) for values in (files, skips, takes))
         in_shards = tf.data.Dataset.from_tensor_slices(shards).interleave(
             _shard_records, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
         )
@@ -205,7 +276,7 @@ def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
         tf.compat.v1.set_random_seed(1)
         # One key a (seed, epoch): a training has fewer than a million epochs.
         shuffled = in_shards.shuffle(
-            STREAM_BUFFER, seed=seed * 1_000_000 + epoch, reshuffle_each_iteration=False
+            STREAM_BUFFER, seed=order.seed * 1_000_000 + epoch, reshuffle_each_iteration=False
         )
         # Each record with those that would replace it; the last ones are followed by some again.
         extended = shuffled.concatenate(in_shards.take(STREAM_CANDIDATES - 1))
@@ -213,9 +284,11 @@ def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
         windows = windows.flat_map(
             lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))
         )
-        return windows.take(images_per_epoch)
+        return windows.take(images_per_epoch).enumerate(epoch * images_per_epoch)
 
-    def decode_record(files, indices, records):
+    def decode_record(place, window):
+        files, indices, records = window
+
         def candidate(attempt):
             encoded, label = dataset.parse(records[attempt])
             return encoded, _record_name(files[attempt], indices[attempt]), label
@@ -223,10 +296,16 @@ def _record_images(dataset, global_batch_size, seed, first_step, unreadable):
         image, label = decode_first_readable(candidate, tf.identity, STREAM_CANDIDATES, unreadable)
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [message])]):
-            return image[tf.newaxis], label[tf.newaxis]
+            return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
 
-    windows = tf.data.Dataset.counter(first_epoch).flat_map(epoch_of_records).skip(skipped)
+    epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
+    windows = epochs.flat_map(epoch_of_records).skip(skipped)
+    windows = windows.filter(lambda place, window: order.is_own(place))
     return windows.map(decode_record, tf.data.AUTOTUNE)
+
+
+def _images_per_epoch(dataset, order):
+    return len(dataset) // order.global_batch_size * order.global_batch_size
 
 
 def _shard_records(file, skip, take):

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from isd_tf import distribution
+
 
 class EpochMeans(keras.callbacks.Callback):
     """Makes an epoch's logs the means over its steps, where Keras would show the last step's.
@@ -88,22 +90,58 @@ class Throughput(keras.callbacks.Callback):
         self._uncompiled = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._start, self._steps = time.monotonic(), 0
+        self._start, self._first_step, self._step = time.monotonic(), 0, 0
 
     def on_train_batch_end(self, batch, logs=None):
+        self._step = batch + 1
         if self._uncompiled:
             self._uncompiled = False
-            self._start = time.monotonic()
-            return
-        self._steps += 1
-        logs["images_per_second"] = self._rate()
+            self._start, self._first_step = time.monotonic(), self._step
+        else:
+            logs["images_per_second"] = self._rate()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._steps:
+        if self._step > self._first_step:
             logs["images_per_second"] = self._rate()
 
     def _rate(self):
-        return self._steps * self.global_batch_size / max(time.monotonic() - self._start, 1e-9)
+        images = (self._step - self._first_step) * self.global_batch_size
+        return images / max(time.monotonic() - self._start, 1e-9)
+
+
+class CheckReplicas(keras.callbacks.Callback):
+    """Compares all replicas' copies of all variables after every call of the train function.
+
+    For debugging: a replica that parts from the others raises no error of its own. BatchNorm's
+    moving statistics are left out where they are each replica's own.
+
+    Args:
+        synchronized_batch_norm: whether they are shared instead.
+
+    Raises:
+        RuntimeError: naming the step and the variables that differ.
+    """
+
+    def __init__(self, synchronized_batch_norm: bool):
+        super().__init__()
+        self.synchronized_batch_norm = synchronized_batch_norm
+
+    def on_train_batch_end(self, batch, logs=None):
+        variables = [
+            variable
+            for variable in (*self.model.variables, *self.model.optimizer.variables)
+            if self.synchronized_batch_norm
+            or variable.path.split("/")[-1] not in ("moving_mean", "moving_variance")
+        ]
+        digests = distribution.replica_digests(self.model.distribute_strategy, variables)
+        differ = (digests != digests[0]).any(axis=0)  # [V]
+        if differ.any():
+            paths = [v.path for v, other in zip(variables, differ, strict=True) if other]
+            raise RuntimeError(
+                f"All {len(digests)} replicas must hold the same values. Received after step "
+                f"{int(self.model.step.numpy())}: {len(paths)} variables that differ, "
+                f"{', '.join(paths[:3])} first. This is an error of the program, not of its flags."
+            )
 
 
 class TensorBoardLog(keras.callbacks.Callback):
@@ -126,12 +164,13 @@ class TensorBoardLog(keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(self.directory)
 
     def on_train_batch_end(self, batch, logs=None):
-        step = int(self.model.optimizer.iterations.numpy())
-        if step % self.every_steps == 0:
+        step = int(self.model.step.numpy())
+        # An execution of several steps may pass over the multiple.
+        if step % self.every_steps < self.model.steps_per_execution:
             self._write("step", logs, step)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._write("epoch", logs, int(self.model.optimizer.iterations.numpy()))
+        self._write("epoch", logs, int(self.model.step.numpy()))
         self._writer.flush()
 
     def on_train_end(self, logs=None):

@@ -6,7 +6,7 @@ This file owns who moves how, what is trained and what is saved. It knows no los
 import keras
 import tensorflow as tf
 
-from isd_tf import distribution
+from isd_tf import distribution, encoders
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -59,6 +59,12 @@ class StudentTeacher(keras.Model):
         self.predictor = predictor
         self.teacher_encoder = _frozen_copy(encoder)
         self.teacher_projector = _frozen_copy(projector) if projector else None
+        self.step = self.add_weight(
+            name="step", shape=(), dtype="int64", initializer="zeros", trainable=False,
+            autocast=False, aggregation="none",
+        )  # fmt: skip
+        layers = (*encoder.layers, *(projector.layers if projector else ()))
+        self._groups = any(isinstance(x, encoders.GroupedBatchNormalization) for x in layers)
         self.built = True
 
     @property
@@ -67,7 +73,29 @@ class StudentTeacher(keras.Model):
         return (self.student_projector or self.student_encoder).output_shape[-1]
 
     def compile(self, optimizer, jit_compile=False, **kwargs):
-        """Keras' compile; builds the optimizer, so that a checkpoint finds all its variables."""
+        """Keras' compile; builds the optimizer, so that a checkpoint finds all its variables.
+
+        Args:
+            optimizer: of the student. Under the policy mixed_float16, Keras wraps it in its
+                LossScaleOptimizer.
+            jit_compile: whether XLA compiles the networks, forward and backward. What replicas
+                tell each other stays outside, as XLA cannot hold it on every device.
+            **kwargs: as Keras', `steps_per_execution` among them.
+
+        Raises:
+            ValueError: for jit_compile with synchronised BatchNorm, which communicates inside.
+        """
+        synchronized = [
+            layer.name
+            for layer in self.student_encoder.layers
+            if getattr(layer, "synchronized", False)
+        ]
+        if jit_compile and synchronized:
+            raise ValueError(
+                "XLA cannot compile networks whose BatchNorm is synchronised across replicas. "
+                f"Received: jit_compile=True with {synchronized[0]} and {len(synchronized) - 1} "
+                "more. Choose another BatchNorm (--batch_norm=shuffled), or leave --compile out."
+            )
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.optimizer.build(self.trainable_variables)
 
@@ -82,12 +110,14 @@ class StudentTeacher(keras.Model):
 
     def embed_student(self, views: tf.Tensor) -> tf.Tensor:
         """Returns the student's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows."""
-        x = self.student_encoder(views, training=True)
-        if self.student_projector:
-            x = self.student_projector(x, training=True)
-        if self.predictor:
-            x = self.predictor(x, training=True)
-        return self._unit_rows(x)
+
+        def embed(views):
+            x = self.student_encoder(views, training=True)
+            if self.student_projector:
+                x = self.student_projector(x, training=True)
+            return self.predictor(x, training=True) if self.predictor else x
+
+        return self._unit_rows(self._compiled(embed)(views))
 
     def embed_teacher(self, views: tf.Tensor) -> tf.Tensor:
         """Returns the teacher's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows.
@@ -99,9 +129,9 @@ class StudentTeacher(keras.Model):
             x = self.teacher_encoder(views, training=True)
             return self.teacher_projector(x, training=True) if self.teacher_projector else x
 
-        if self.shuffle_batch_norm:
-            step = tf.cast(self.optimizer.iterations.value, tf.int64)
-            x = distribution.call_shuffled(embed, views, tf.stack([self.seed, step]))
+        embed = self._compiled(embed)
+        if self.shuffle_batch_norm and (self._groups or distribution.number_of_replicas() > 1):
+            x = distribution.call_shuffled(embed, views, tf.stack([self.seed, self.step.value]))
         else:
             x = embed(views)
         return tf.stop_gradient(self._unit_rows(x))
@@ -112,7 +142,11 @@ class StudentTeacher(keras.Model):
             # The optimizer adds the replicas' gradients; the batch's mean wants their average.
             scaled = self.optimizer.scale_loss(loss / distribution.number_of_replicas())
         gradients = tape.gradient(scaled, self.trainable_variables)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            gradients = distribution.all_finite_or_none(gradients)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        # The optimizer's own count leaves out steps that overflowed in float16.
+        self.step.assign_add(1)
 
     def update_teacher(self) -> None:
         """Moves the teacher's weights towards the student's.
@@ -124,6 +158,48 @@ class StudentTeacher(keras.Model):
         for teacher, student in self._followed_pairs():
             momentum = tf.constant(self.teacher_momentum, teacher.dtype)
             teacher.assign(momentum * teacher + (1 - momentum) * student)
+
+    def make_train_function(self, force=False):
+        """Keras' hook: one call takes `steps_per_execution` steps and returns their mean logs.
+
+        In place of Keras' own, which fails on several workers (keras-team/keras#20585), and with
+        more than one step an execution on several replicas.
+        """
+        if self.train_function is not None and not force:
+            return self.train_function
+        strategy, steps = self.distribute_strategy, self.steps_per_execution
+        names = []
+
+        def replica_step(batch):
+            logs = self.train_step(batch)
+            names[:] = logs
+            # In one vector, so that replicas exchange one message and not one a name.
+            vector = tf.stack([tf.cast(value, logs["loss"].dtype) for value in logs.values()])
+            return distribution.mean_over_replicas(vector)
+
+        def one_step(iterator):
+            vectors = strategy.run(replica_step, args=(next(iterator),))
+            return strategy.experimental_local_results(vectors)[0]
+
+        def train_function(iterator):
+            total = one_step(iterator)
+            if steps > 1:
+                for _ in tf.range(steps - 1):
+                    total += one_step(iterator)
+                total /= steps
+            return dict(zip(names, tf.unstack(total), strict=True))
+
+        if not self.run_eagerly:
+            train_function = tf.function(train_function, reduce_retracing=True)
+        self.train_function = train_function
+        return train_function
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Keras' private hook: nothing is left to build.
+
+        Keras would draw a batch to find the shapes, from an iterator of its own, and fail on
+        several workers.
+        """
 
     def get_config(self):
         networks = {
@@ -154,6 +230,9 @@ class StudentTeacher(keras.Model):
                 # BatchNorm's moving statistics are not trainable, and stay each network's own.
                 if ours.trainable:
                     yield theirs, ours
+
+    def _compiled(self, network):
+        return tf.function(network, jit_compile=True) if self.jit_compile else network
 
     def _unit_rows(self, x):
         # In the variables' precision, also where mixed precision computes in half of it.

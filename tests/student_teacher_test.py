@@ -86,7 +86,10 @@ def test_embeddings_are_float32_under_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         pair = make_pair(0.9)
-        assert pair.student_encoder(VIEWS).dtype == tf.bfloat16
+        assert pair.student_encoder.get_layer("conv1").compute_dtype == "bfloat16"
+        assert pair.student_encoder(VIEWS).dtype == tf.float32
+        assert pair.predictor.layers[0].compute_dtype == "bfloat16"
+        assert pair.predictor(tf.zeros([2, pair.predictor.input_shape[-1]])).dtype == tf.float32
         assert pair.embed_student(VIEWS).dtype == tf.float32
         norms = np.linalg.norm(pair.embed_teacher(VIEWS), axis=1)
         np.testing.assert_allclose(norms, 1, rtol=1e-5)  # bfloat16 would be off by 1e-2

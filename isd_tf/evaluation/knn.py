@@ -105,23 +105,43 @@ class EvaluateKNN(keras.callbacks.Callback):
     Args:
         bank, queries: as in `knn_accuracy`.
         every_epochs: how often.
+        hurried: asked again and again; once it says True, this epoch is left unscored.
     """
 
-    def __init__(self, bank: Iterable, queries: Iterable, every_epochs: int):
+    def __init__(
+        self,
+        bank: Iterable,
+        queries: Iterable,
+        every_epochs: int,
+        hurried: Callable[[], bool] = lambda: False,
+    ):
         super().__init__()
         self.bank = bank
         self.queries = queries
         self.every_epochs = every_epochs
+        self.hurried = hurried
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every_epochs == 0:
-            encoders = {
-                "student": self.model.student_encoder,
-                "teacher": self.model.teacher_encoder,
-            }
-            scores = knn_accuracy(encoders, self.bank, self.queries)
-            if logs is not None:
-                logs.update(scores)
+        if (epoch + 1) % self.every_epochs:
+            return
+        encoders = {"student": self.model.student_encoder, "teacher": self.model.teacher_encoder}
+        try:
+            scores = knn_accuracy(encoders, *map(self._unless_hurried, (self.bank, self.queries)))
+        except _HurriedError:
+            print(f"Epoch {epoch + 1} is not scored: there is no time left.", flush=True)
+            return
+        if logs is not None:
+            logs.update(scores)
+
+    def _unless_hurried(self, batches):
+        for batch in batches:
+            if self.hurried():
+                raise _HurriedError
+            yield batch
+
+
+class _HurriedError(Exception):
+    pass
 
 
 class _NearestNeighbors:
