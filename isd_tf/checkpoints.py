@@ -7,6 +7,7 @@ chief writes and all read; what one of them finds wrong ends them all.
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -77,7 +78,7 @@ class Checkpoints:
             try:
                 self._write(self._place(self.step))
             except (OSError, tf.errors.OpError) as error:
-                reason = f"{error}".splitlines()[0]
+                reason = re.sub(r"{{.*}} | \[Op:.*", "", str(error).splitlines()[0])
                 problem = (
                     f"The checkpoint of step {self.step} cannot be written to {self.directory} "
                     f"({reason}); {self._newest()}. Free some space or repair the disk"

@@ -9,8 +9,10 @@ stay the same. Only tf.data service (`data_service`) gives the order up.
 """
 
 import os
+import time
 from typing import NamedTuple
 
+import grpc  # TensorFlow depends on it.
 import numpy as np
 import tensorflow as tf
 
@@ -25,6 +27,8 @@ STREAM_BUFFER = 8192
 STREAM_CANDIDATES = 4
 # A batch of 256 pairs of 224x224 views takes 308 MB, so few are kept ready.
 PREFETCHED_BATCHES = 2
+# How long to wait for a data service's first worker; TensorFlow would wait forever, in silence.
+DATA_SERVICE_SECONDS = 60
 
 
 class DataService(NamedTuple):
@@ -74,6 +78,7 @@ def pretraining_batches(
     Raises:
         ValueError: for an unknown recipe, a batch larger than the dataset, or one that the replicas
             cannot share evenly.
+        OSError: when the data service cannot be reached, or still has no worker after a minute.
     """
     check_views(views)
     if not 1 <= global_batch_size <= len(dataset):
@@ -88,6 +93,7 @@ def pretraining_batches(
             f"evenly. Use a multiple of {context.num_replicas_in_sync} as --batch_size."
         )
     if data_service:
+        _require_workers(data_service.address)
         unreadable = None  # Nobody could count them on another machine.
         context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
     else:
@@ -113,12 +119,14 @@ def pretraining_batches(
     options.deterministic = True
     batches = batches.with_options(options)
     if data_service:
-        # Every trainer takes from the same job, whose batches the service's workers make.
+        # Every trainer takes from the same job, whose batches the service's workers make. A service
+        # that knows a job of this name goes on with its batches, whatever is asked of it now.
+        recipe = (dataset.name, len(dataset), *views, image_size, replica_batch_size, seed)
         batches = batches.apply(
             tf.data.experimental.service.distribute(
                 tf.data.experimental.service.ShardingPolicy.DYNAMIC,
                 f"grpc://{data_service.address}",
-                job_name=f"{data_service.job}-{first_step}",
+                job_name=f"{data_service.job} {recipe} from {first_step}",
             )
         )
     replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
@@ -187,6 +195,35 @@ def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.T
     """Returns which images stand at `places` (int64, below `count`) of an epoch's permutation."""
     key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
     return tf.random.experimental.index_shuffle(places, key, count - 1)
+
+
+def _require_workers(address):
+    """Raises unless a tf.data service answers at `address` and has a worker, or soon has one."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise ValueError(
+            "A data service's address must be its dispatcher's, host:port. "
+            f"Received: --data_service={address}."
+        )
+    deadline = time.monotonic() + DATA_SERVICE_SECONDS
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        # Both messages in bytes: a request without fields, and a list, empty while there is none.
+        list_workers = channel.unary_unary("/tensorflow.data.DispatcherService/GetWorkers")
+        try:
+            while not list_workers(b"", timeout=10):
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        f"The tf.data service at {address} must have workers. Received: none in "
+                        f"{DATA_SERVICE_SECONDS} seconds. Start some: "
+                        f"experiments/data_service.py --role=worker --dispatcher={address}"
+                    )
+                time.sleep(0.5)
+        except grpc.RpcError as error:
+            raise OSError(
+                f"A tf.data service's dispatcher must answer at --data_service={address}. "
+                f"Received: {error.details()}. Start one: "
+                f"experiments/data_service.py --role=dispatcher --port={port}"
+            ) from None
 
 
 # ---------------------------------------------------------------- images in the order of training

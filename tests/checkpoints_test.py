@@ -1,3 +1,11 @@
+import contextlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -109,6 +117,143 @@ def test_a_checkpoint_of_two_replicas_continues_on_one(tmp_path, two_replicas):
 def test_only_the_newest_are_kept(tmp_path):
     train(make_model(), tmp_path, every_steps=1, keep=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}" for s in (16, 17, 18)]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    model = make_model()
+    checkpoints = checkpointing.Checkpoints(tmp_path, model, keep=2, keep_every_steps=4)
+    for step in range(1, 12):
+        model.step.assign(step)
+        checkpoints.save()
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10, 11]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Lets no file grow beyond 8 KB: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("continue_without", [False, True])
+def test_a_full_disk_keeps_the_former_checkpoint_and_ends_or_not_as_told(
+    tmp_path, continue_without, caplog
+):
+    model = make_model()
+    checkpoints = checkpointing.Checkpoints(tmp_path, model, continue_without=continue_without)
+    model.step.assign(1)
+    checkpoints.save()
+    good = make_model(seed=9)
+    checkpointing.Checkpoints(tmp_path, good).restore_newest()
+
+    model.step.assign(2)
+    message = "step 2 cannot be written .*File too large.*last good checkpoint is .*step-00000001"
+    with full_disk():
+        if continue_without:
+            checkpoints.save()
+            assert re.search(message, caplog.text) and "goes on without" in caplog.text
+        else:
+            with pytest.raises(OSError, match=message):
+                checkpoints.save()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoints.restore_newest() == 1
+    assert_same_bits(model, good)
+    model.step.assign(3)
+    checkpoints.save()  # Once there is space again.
+    assert checkpoints.newest_step == 3
+
+
+KILLED_WHILE_SAVING = """
+import os, pathlib, signal, sys
+sys.path[:0] = {path!r}
+import tensorflow as tf
+import checkpoints_test
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+def write_half(self, path):
+    written = write(self, path)
+    (data,) = pathlib.Path(path).parent.glob("*.data*")
+    os.truncate(data, data.stat().st_size // 2)
+    kill()
+
+def from_step_8_on(method, replacement):
+    def call(self, *arguments):
+        late = os.path.exists({directory!r} + "/step-00000006")
+        return (replacement if late else method)(self, *arguments)
+    return call
+
+write = tf.train.Checkpoint.write
+if {moment!r} == "in the middle":
+    tf.train.Checkpoint.write = from_step_8_on(write, write_half)
+else:
+    pathlib.Path.rename = from_step_8_on(pathlib.Path.rename, kill)
+checkpoints_test.train(checkpoints_test.make_model(), {directory!r})
+"""
+
+
+@pytest.mark.parametrize("moment", ["in the middle", "before the name"])
+def test_a_run_killed_while_it_saves_continues_to_the_same_bits(tmp_path, moment):
+    whole = make_model()
+    train(whole, tmp_path / "whole")
+    directory = str(tmp_path / "killed")
+    code = KILLED_WHILE_SAVING.format(path=sys.path, directory=directory, moment=moment)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert sorted(os.listdir(directory)) == ["step-00000004", "step-00000006", "unfinished"]
+    model = make_model(seed=1)
+    assert train(model, directory) == 6
+    assert_same_bits(model, whole)
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_sigterm_saves_after_the_running_step_and_exits_143(tmp_path, step):
+    """In the middle of an epoch, and at the end of one, where its evaluations come first."""
+    model = make_model()
+    checkpoints = checkpointing.Checkpoints(tmp_path, model)
+    stop = checkpointing.StopWhenTold(checkpoints)
+    evaluated = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if checkpoints.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_epoch_end(self, epoch, logs=None):
+            evaluated.append(checkpoints.step)
+
+    callbacks = [Watch(), checkpointing.SaveCheckpoints(checkpoints, 0), stop]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            checkpointing.fit_from_step(
+                model, batches_from, 0, STEPS_PER_EPOCH, 3, callbacks=callbacks, verbose=0
+            )
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert stopped.value.code == 143
+    assert [p.name for p in tmp_path.iterdir()] == [f"step-{step:08d}"]
+    assert evaluated == ([6] if step == 6 else [])
+
+
+def test_several_steps_an_execution_continue_from_any_step_to_the_same_bits(tmp_path):
+    whole = make_model()
+    train(whole, tmp_path / "whole")
+    train(make_model(), tmp_path / "other", until=5, every_steps=5)
+    model = make_model()
+    model.steps_per_execution = 2
+    assert train(model, tmp_path / "other", every_steps=3) == 5
+    assert model.steps_per_execution == 2
+    assert_same_bits(model, whole)
+
+
+def test_several_steps_an_execution_are_saved_once_the_multiple_has_passed(tmp_path):
+    model = make_model()
+    model.steps_per_execution = 2
+    train(model, tmp_path, every_steps=3, keep=99)
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 6, 10, 12, 16, 18]
 
 
 def damage(path, how):

@@ -6,8 +6,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -27,3 +29,17 @@ def float64():
 @pytest.fixture(scope="session")
 def two_replicas():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of two classes: 24 images of several sizes to train on, 8 to test."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                values = random.integers(0, 100, (20 + i, 30, 3), np.uint8) + np.uint8(label * 150)
+                Image.fromarray(values).save(folder / split / name / f"{i}.png")
+    return folder

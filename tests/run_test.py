@@ -17,7 +17,6 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags
-from PIL import Image
 
 import isd_tf
 
@@ -26,27 +25,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import flagfiles  # noqa: E402
 import run  # noqa: E402
+from small_runs import SMALL, STEPS, assert_same_end, command, newest_weights, small_run  # noqa: E402
 
-SMALL = [
-    *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=4"),
-    *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
-]
-STEPS = 24 // 4 * 4  # 24 images in batches of 4, 4 epochs
 FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """A folder of two classes: 24 images of several sizes to train on, 8 to test."""
-    folder = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
-        for label, name in enumerate(("dark", "light")):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                values = random.integers(0, 100, (20 + i, 30, 3), np.uint8) + np.uint8(label * 150)
-                Image.fromarray(values).save(folder / split / name / f"{i}.png")
-    return folder
 
 
 def call(*arguments):
@@ -56,34 +37,6 @@ def call(*arguments):
             run.FLAGS[name].unparse()
     run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
     run.main(["run.py"])
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "experiments" / "run.py"), *map(str, arguments)]
-
-
-def small_run(photos, workdir, *arguments):
-    return [
-        *("--flagfile=imagenet.flags", "--dataset=folder", f"--data_dir={photos}", *SMALL),
-        *(f"--workdir={workdir}", *arguments),
-    ]
-
-
-def newest_weights(workdir):
-    path = max((workdir / "checkpoints").glob("step-*"))
-    reader = tf.train.load_checkpoint(str(path / "state"))
-    return path.name, {
-        key: reader.get_tensor(key)
-        for key in reader.get_variable_to_shape_map()
-        if key != "_CHECKPOINTABLE_OBJECT_GRAPH"
-    }
-
-
-def assert_same_end(workdir, other):
-    (name, ours), (other_name, theirs) = newest_weights(workdir), newest_weights(other)
-    assert name == other_name and ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[key], err_msg=key)
 
 
 @pytest.fixture(scope="module")

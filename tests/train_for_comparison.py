@@ -54,9 +54,7 @@ def train(strategy, dtype="float64", batch_norm="synchronized", steps_per_execut
     )
     losses = Losses()
     same = monitoring.CheckReplicas(batch_norm == "synchronized")
-    model.fit(
-        batches, steps_per_epoch=STEPS, verbose=0, shuffle=False, callbacks=[losses, same]
-    )
+    model.fit(batches, steps_per_epoch=STEPS, verbose=0, shuffle=False, callbacks=[losses, same])
     return model, losses.values
 
 

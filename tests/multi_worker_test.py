@@ -1,0 +1,271 @@
+"""Several worker processes on this machine: equal to one, exact through kills, never hanging."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small_runs import ROOT, STEPS, assert_same_end, command, newest_weights, small_run
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import launch  # noqa: E402
+
+random = np.random.default_rng(0)
+
+
+@pytest.fixture
+def start_workers():
+    """Starts a worker for each list of arguments to Python; ends those that a test leaves."""
+    processes = []
+
+    def start(*commands):
+        addresses = launch.free_addresses(len(commands))
+        for index, arguments in enumerate(commands):
+            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            processes.append(
+                subprocess.Popen(
+                    arguments,
+                    cwd=ROOT,
+                    env=os.environ | {"TF_CONFIG": json.dumps(task)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return processes[-len(commands) :]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def outputs(processes, timeout=120):
+    return [process.communicate(timeout=timeout) for process in processes]
+
+
+def wait_for_checkpoint(workdir, step, process):
+    while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
+        assert process.poll() is None, "The run ended before it could be disturbed."
+        time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------- equality
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Runs train_for_comparison.py; returns the arrays that each of its processes has left."""
+    folder, finished = tmp_path_factory.mktemp("trained"), {}
+
+    def train(strategy, *settings):
+        if (strategy, *settings) not in finished:
+            output = folder / f"{len(finished)}.npz"
+            program = [sys.executable, str(ROOT / "tests" / "train_for_comparison.py")]
+            program += [strategy, str(output), *settings]
+            count = 2 if strategy == "multi_worker" else 1
+            assert launch.run_workers(program, count, []) == [0] * count
+            left = [np.load(f"{output}.{i}" if i else output) for i in range(count)]
+            finished[strategy, *settings] = left
+        return finished[strategy, *settings]
+
+    return train
+
+
+def assert_close(ours, theirs, atol):
+    assert ours.files == theirs.files
+    for name in ours.files:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=atol, err_msg=name)
+
+
+def test_one_device_two_devices_and_two_processes_train_the_same(train):
+    """24 steps with views, float64, synchronised BatchNorm; losses of 3.4 down to 2.5 nats."""
+    (one,), (mirrored,), workers = train("one"), train("mirrored"), train("multi_worker")
+    assert len(one["losses"]) == 24 and one["losses"][-1] < 0.8 * one["losses"][0]
+    pointer = [name for name in one.files if name.endswith("feature_queue/pointer")]
+    assert [int(one[name]) for name in pointer] == [24 * 8 % 37]
+    assert_close(mirrored, one, atol=1e-12)
+    for worker in workers:
+        assert_close(worker, mirrored, atol=0)
+
+
+def test_groups_on_one_device_have_the_statistics_of_several(train):
+    """Two groups on one device against two devices, each with BatchNorm and Shuffle-BN."""
+    (grouped,), (whole,) = train("one", "batch_norm=grouped"), train("one")
+    (mirrored,) = train("mirrored", "batch_norm=shuffled")
+    # Statistics of 4 examples magnify rounding.
+    np.testing.assert_allclose(grouped["losses"], mirrored["losses"], rtol=1e-10)
+    assert abs(grouped["losses"][0] - whole["losses"][0]) > 1e-3
+    for name in grouped.files:
+        # A checkpoint of several devices has the first's moving statistics, groups have the mean.
+        if "moving_" not in name:
+            np.testing.assert_allclose(grouped[name], mirrored[name], atol=1e-10, err_msg=name)
+
+
+def test_several_steps_an_execution_are_the_same_steps(train):
+    workers, (mirrored,) = train("multi_worker", "steps_per_execution=4"), train("mirrored")
+    means = mirrored["losses"].reshape(6, 4).mean(axis=1)
+    for worker in workers:
+        np.testing.assert_allclose(worker["losses"], means, rtol=1e-14)
+        for name in worker.files[1:]:
+            np.testing.assert_array_equal(worker[name], mirrored[name], err_msg=name)
+
+
+# ------------------------------------------------------------------------- runs that are disturbed
+
+
+def distributed_run(photos, workdir, *arguments):
+    return small_run(
+        photos, workdir, "--strategy=multi_worker", "--stages=pretrain", "--knn_every_epochs=0",
+        *arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """The workdir of two workers that nobody disturbed, started by the launcher."""
+    workdir = tmp_path_factory.mktemp("whole")
+    result = run_launcher(distributed_run(photos, workdir))
+    assert result.wait(timeout=120) == 0, result.stdout.read()
+    (workdir / "output.txt").write_text(result.stdout.read())
+    return workdir
+
+
+def run_launcher(arguments, restarts=0):
+    program = [sys.executable, "-u", str(ROOT / "experiments" / "launch.py"), "--workers=2"]
+    return subprocess.Popen(
+        [*program, f"--restarts={restarts}", "--", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_every_worker_says_what_it_is_and_the_chief_reports(whole):
+    output = (whole / "output.txt").read_text()
+    for index, who in enumerate(("Worker 0 of 2 (the chief)", "Worker 1 of 2")):
+        start = f"[worker {index}] {who}: 1 CPU replica, 2 in all: global batch 4, replica batch 2."
+        assert start in output
+    assert "[worker 0] Epoch 4/4" in output and "[worker 1] Epoch" not in output
+    assert json.loads((whole / "results.json").read_text())["step"] == STEPS
+    assert len(list((whole / "logs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_worker_killed_at_random_ends_the_others_and_all_restart_to_the_same_bits(
+    killed, photos, whole, tmp_path
+):
+    launcher = run_launcher(distributed_run(photos, tmp_path), restarts=1)
+    try:
+        wait_for_checkpoint(tmp_path, random.integers(2, 14), launcher)
+        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True)
+        os.kill(int(children.stdout.split()[killed]), signal.SIGKILL)
+        output, _ = launcher.communicate(timeout=150)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, output
+    assert f"Worker {killed} ended by SIGKILL." in output
+    assert f"Worker {1 - killed} has lost another worker" in output
+    assert f"Worker {1 - killed} ended with exit code 75." in output
+    assert "restart 1 of 1" in output and "Continuing" in output
+    assert_same_end(tmp_path, whole)
+
+
+def test_sigterm_to_one_worker_saves_on_all_and_what_is_left_continues_to_the_same_bits(
+    photos, whole, tmp_path, start_workers
+):
+    run = command(*distributed_run(photos, tmp_path, "--checkpoint_every_steps=3"))
+    workers = start_workers(run, run)
+    wait_for_checkpoint(tmp_path, 3, workers[0])
+    workers[1].send_signal(signal.SIGTERM)
+    (output, _), _ = outputs(workers)
+    assert [worker.returncode for worker in workers] == [143, 143]
+    saved = int(re.search(r"Told to stop \(SIGTERM\): saved step (\d+)", output).group(1))
+    assert newest_weights(tmp_path)[0] == f"step-{saved:08d}" and saved < STEPS
+    workers = start_workers(run, run)
+    (output, errors), _ = outputs(workers)
+    assert workers[0].returncode == 0, errors
+    assert f"Continuing {tmp_path} after step {saved}" in output
+    assert_same_end(tmp_path, whole)
+
+
+def stop_early(processes, workdir):
+    wait_for_checkpoint(workdir, (newest_step(workdir) or 0) + 2, processes[0])
+    processes[0].send_signal(signal.SIGTERM)
+    outputs(processes)
+    assert [process.returncode for process in processes] == [143] * len(processes)
+
+
+def newest_step(workdir):
+    return max((int(p.name[5:]) for p in workdir.glob("checkpoints/step-*")), default=0)
+
+
+def test_checkpoints_pass_from_one_device_to_two_workers_and_back(photos, tmp_path, start_workers):
+    one = command(*distributed_run(photos, tmp_path, "--strategy=one"))
+    two = command(*distributed_run(photos, tmp_path))
+    alone = subprocess.Popen(one, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    stop_early([alone], tmp_path)
+    first = newest_step(tmp_path)
+    stop_early(start_workers(two, two), tmp_path)
+    second = newest_step(tmp_path)
+    assert 0 < first < second < STEPS
+    result = subprocess.run(one, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"after step {second}" in result.stdout
+    assert newest_step(tmp_path) == STEPS
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def assert_all_refuse(workers, message):
+    for worker, (_, errors) in zip(workers, outputs(workers), strict=True):
+        assert re.search(message, errors), errors
+        assert "Traceback" not in errors
+        assert worker.returncode == 1
+
+
+def test_workers_with_different_recipes_refuse(photos, tmp_path, start_workers):
+    workers = start_workers(
+        command(*distributed_run(photos, tmp_path)),
+        command(*distributed_run(photos, tmp_path, "--seed=1", "--learning_rate=0.1")),
+    )
+    message = "same recipe.*worker 0 has --learning_rate=0.05 --seed=0; worker 1 has "
+    assert_all_refuse(workers, message + "--learning_rate=0.1 --seed=1")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_workers_that_do_not_share_the_workdir_refuse(photos, tmp_path, start_workers):
+    workers = start_workers(
+        *(command(*distributed_run(photos, tmp_path / name)) for name in ("here", "there"))
+    )
+    assert_all_refuse(workers, "All workers must share the workdir.*there")
+
+
+def test_data_that_one_worker_lacks_end_all(photos, tmp_path, start_workers):
+    workers = start_workers(
+        command(*distributed_run(photos, tmp_path)),
+        command(*distributed_run(photos, tmp_path, "--data_dir=nowhere")),
+    )
+    assert_all_refuse(workers, "does not exist.*nowhere")
+
+
+def test_a_worker_gives_up_waiting_for_the_others(photos, tmp_path):
+    addresses = launch.free_addresses(2)
+    task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    result = subprocess.run(
+        command(*distributed_run(photos, tmp_path, "--cluster_timeout=1")),
+        cwd=ROOT,
+        env=os.environ | {"TF_CONFIG": json.dumps(task)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 75
+    assert f"for worker 1 at {addresses[1]}, and gives up" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,42 @@
+"""Runs of experiments/run.py that take seconds: their flags, and what is left of them."""
+
+import pathlib
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = [
+    *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=4"),
+    *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
+]
+STEPS = 24 // 4 * 4  # 24 images in batches of 4, 4 epochs
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "experiments" / "run.py"), *map(str, arguments)]
+
+
+def small_run(photos, workdir, *arguments):
+    return [
+        *("--flagfile=imagenet.flags", "--dataset=folder", f"--data_dir={photos}", *SMALL),
+        *(f"--workdir={workdir}", *arguments),
+    ]
+
+
+def newest_weights(workdir):
+    path = max((workdir / "checkpoints").glob("step-*"))
+    reader = tf.train.load_checkpoint(str(path / "state"))
+    return path.name, {
+        key: reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if key != "_CHECKPOINTABLE_OBJECT_GRAPH"
+    }
+
+
+def assert_same_end(workdir, other):
+    (name, ours), (other_name, theirs) = newest_weights(workdir), newest_weights(other)
+    assert name == other_name and ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key], err_msg=key)
