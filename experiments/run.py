@@ -325,7 +325,7 @@ def choose_devices():
     if FLAGS.batch_size % (replicas * groups):
         raise ValueError(
             "The replicas, and their groups, share the batch evenly. Received: "
-            f"--batch_size={FLAGS.batch_size} for {replicas} replicas"
+            f"--batch_size={FLAGS.batch_size} for {replicas} replica{'s' * (replicas > 1)}"
             + (f" of {groups} groups" if groups > 1 else "")
             + f". Use a multiple of {replicas * groups}, or another --strategy or --batch_norm."
         )
@@ -377,7 +377,7 @@ def load_data(strategy):
         )
     if steps_per_epoch(train) % FLAGS.steps_per_execution:
         steps = steps_per_epoch(train)
-        fitting = [str(n) for n in range(1, min(steps, 101)) if steps % n == 0]
+        fitting = [str(n) for n in range(1, min(steps, 100) + 1) if steps % n == 0]
         raise ValueError(
             f"--steps_per_execution must divide the {steps} steps of an epoch. Received: "
             f"{FLAGS.steps_per_execution}. Use one of {', '.join(fitting)}."

@@ -7,6 +7,7 @@ and named in the log, so that no later batch shifts.
 
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,9 @@ from absl import logging
 from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+# What a data service's worker says, in whose process nothing can be counted, before the name.
+UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
 
 
 class Unreadable:
@@ -57,9 +61,15 @@ def explaining(*counters: Unreadable) -> Iterator[None]:
     """Turns TensorFlow's error, where too many unreadable images caused it, into `check`'s."""
     try:
         yield
-    except tf.errors.OpError:
+    except tf.errors.OpError as error:
         for counter in counters:
             counter.check()
+        in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
+        if in_service:
+            raise ValueError(
+                f"{UNREADABLE_IN_SERVICE} {in_service[1]}. Repair or remove it, or train without "
+                "--data_service, which counts and replaces such images."
+            ) from None
         raise
 
 
@@ -84,8 +94,8 @@ def decode_first_readable(
     if unreadable is None:
         source, name, label = candidate(tf.constant(0, tf.int64))
         image = _decode_or_empty(source, read)
-        reason = "Unreadable image (a data service replaces none; remove or repair it):"
-        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [reason, name])]):
+        message = [UNREADABLE_IN_SERVICE, name]
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, message)]):
             return tf.identity(image), label
 
     def attempt(number):

@@ -119,9 +119,9 @@ def pretraining_batches(
     options.deterministic = True
     batches = batches.with_options(options)
     if data_service:
-        # Every trainer takes from the same job, whose batches the service's workers make. A service
-        # that knows a job of this name goes on with its batches, whatever is asked of it now.
-        recipe = (dataset.name, len(dataset), *views, image_size, replica_batch_size, seed)
+        # Every trainer takes from the same job, whose batches the service's workers make. Where a
+        # service knows the name it goes on with that job, whatever dataset it is handed now.
+        recipe = (len(dataset), *views, image_size, global_batch_size, replica_batch_size, seed)
         batches = batches.apply(
             tf.data.experimental.service.distribute(
                 tf.data.experimental.service.ShardingPolicy.DYNAMIC,
@@ -206,7 +206,7 @@ def _require_workers(address):
             f"Received: --data_service={address}."
         )
     deadline = time.monotonic() + DATA_SERVICE_SECONDS
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(address) as channel:
         # Both messages in bytes: a request without fields, and a list, empty while there is none.
         list_workers = channel.unary_unary("/tensorflow.data.DispatcherService/GetWorkers")
         try:
@@ -321,7 +321,9 @@ def _record_images(dataset, order, unreadable):
         windows = windows.flat_map(
             lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))
         )
-        return windows.take(images_per_epoch).enumerate(epoch * images_per_epoch)
+        images = windows.take(images_per_epoch).enumerate(epoch * images_per_epoch)
+        # Here, not once for all epochs: each of a data service's workers begins with another.
+        return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
     def decode_record(place, window):
         files, indices, records = window
@@ -336,7 +338,7 @@ def _record_images(dataset, order, unreadable):
             return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
 
     epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
-    windows = epochs.flat_map(epoch_of_records).skip(skipped)
+    windows = epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
     return windows.map(decode_record, tf.data.AUTOTUNE)
 

@@ -74,7 +74,7 @@ class ISD(StudentTeacher):
                 raise ValueError(f"{name} must be greater than 0, and finite. Received: {value}.")
         self.teacher_temperature = teacher_temperature
         self.student_temperature = student_temperature
-        self.queue = FeatureQueue(queue_size, self.embedding_dim, seed)
+        self.queue = FeatureQueue(queue_size, self.embedding_dim, seed, name="queue")
 
     def train_step(self, batch):
         labels = batch.get("label")  # [b], never part of the loss

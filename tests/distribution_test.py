@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -63,9 +65,32 @@ def test_one_replica_calls_without_shuffling():
     np.testing.assert_array_equal(result, VALUES)
 
 
+def test_gradients_that_overflow_on_one_replica_do_so_on_all(two_replicas):
+    def gradients_of(rows):
+        first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
+        fine = [tf.constant([1.0, 2.0]), rows]
+        broken = [tf.constant([1.0, float("inf")]), rows]
+        broken = [tf.where(first, *pair) for pair in zip(fine, broken, strict=True)]
+        return [distribution.all_finite_or_none(gradients) for gradients in (fine, broken)]
+
+    run = tf.function(lambda: two_replicas.run(gradients_of, args=(tf.constant(VALUES),)))
+    fine, broken = run()
+    for copy in two_replicas.experimental_local_results(fine[0]):
+        np.testing.assert_array_equal(copy, [1.0, 2.0])
+    for gradient in broken:
+        for copy in two_replicas.experimental_local_results(gradient):
+            assert np.isnan(copy).all()
+
+
+def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch):
+    for flags, native in (("fpu sse avx2", False), ("fpu avx512f avx512_bf16", True)):
+        monkeypatch.setattr("builtins.open", lambda *_, flags=flags: io.StringIO(flags))
+        assert distribution.bfloat16_is_native() == native
+
+
 def test_strategies_by_name():
     assert distribution.choose_strategy("one").num_replicas_in_sync == 1
     assert distribution.choose_strategy("auto").num_replicas_in_sync == 1  # No GPU here.
     assert distribution.choose_strategy("mirrored").num_replicas_in_sync == 2
-    with pytest.raises(ValueError, match="auto, one, mirrored.*'tpu'"):
+    with pytest.raises(ValueError, match="auto, one, mirrored, multi_worker.*'tpu'"):
         distribution.choose_strategy("tpu")

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import encoders
+from isd_tf import encoders, losses, monitoring
 
 B, K, D, INPUTS = 4, 10, 3, 6
 
@@ -102,6 +102,24 @@ def image_batches(steps, batch=8, size=16, labels=True):
     return tf.data.Dataset.from_tensor_slices(data).batch(batch, drop_remainder=True)
 
 
+def mlp_isd(strategy, **settings):
+    """Compiles faster than a ResNet; for batches of `vectors`."""
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        layers = [keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.ReLU()]
+        head = keras.layers.Dense(D, dtype=keras.config.dtype_policy().variable_dtype)
+        encoder = keras.Sequential([keras.Input((INPUTS,)), *layers, head])
+        model = isd_tf.ISD(encoder, None, None, K, 0.1, 0.2, 0.9)
+        model.compile(isd_tf.TorchSGD(0.05), **settings)
+    return model
+
+
+def vectors(steps):
+    values = np.random.default_rng(0).normal(size=(2, steps * 8, INPUTS)).astype(np.float32)
+    data = {"teacher_view": values[0], "student_view": values[1]}
+    return tf.data.Dataset.from_tensor_slices(data).batch(8, drop_remainder=True)
+
+
 def resnet_isd(strategy, synchronized, shuffled=False, heads=encoders.isd_plus_heads):
     keras.utils.set_random_seed(3)
     with strategy.scope():
@@ -122,12 +140,12 @@ def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replic
         theirs.assign(ours)
 
     batches = image_batches(20)
-    losses = [
+    histories = [
         model.fit(batches.repeat(), epochs=20, steps_per_epoch=1, verbose=0).history["loss"]
         for model in (one, two)
     ]
 
-    np.testing.assert_allclose(*losses, rtol=1e-10)
+    np.testing.assert_allclose(*histories, rtol=1e-10)
     for ours, theirs in zip(one.variables, two.variables, strict=True):
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-10, err_msg=ours.path)
     assert int(two.queue.pointer.numpy()) == 20 * 8 % 37
@@ -148,14 +166,24 @@ def test_replicas_hold_the_same_student_teacher_and_queue(two_replicas, shuffled
 def test_shuffling_changes_the_teachers_statistics_and_nothing_else(
     float64, two_replicas, synchronized
 ):
-    losses = {}
+    loss = {}
     for shuffled in (False, True):
         model = resnet_isd(two_replicas, synchronized, shuffled=shuffled)
-        losses[shuffled] = model.fit(image_batches(2), verbose=0, shuffle=False).history["loss"]
+        loss[shuffled] = model.fit(image_batches(2), verbose=0, shuffle=False).history["loss"]
     if synchronized:  # Statistics of the whole batch are the same in any order.
-        np.testing.assert_allclose(losses[True], losses[False], rtol=1e-10)
+        np.testing.assert_allclose(loss[True], loss[False], rtol=1e-10)
     else:
-        assert abs(losses[True][0] - losses[False][0]) > 1e-6
+        assert abs(loss[True][0] - loss[False][0]) > 1e-6
+
+
+def test_a_replica_that_parts_from_the_others_is_noticed(two_replicas):
+    model = mlp_isd(two_replicas)
+    check = monitoring.CheckReplicas(synchronized_batch_norm=False)
+    model.fit(vectors(2), verbose=0, callbacks=[check])
+    copies = two_replicas.experimental_local_results(model.queue.rows.value)
+    copies[1].assign(copies[1] + 1e-7)
+    with pytest.raises(RuntimeError, match="All 2 replicas.*after step 3.*queue/rows first"):
+        model.fit(vectors(1), verbose=0, callbacks=[check])
 
 
 def test_training_lowers_the_loss_and_needs_no_labels():
@@ -177,6 +205,110 @@ def test_a_model_is_saved_and_loaded_whole(tmp_path):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
     batch = next(iter(image_batches(1)))
     assert float(model.train_step(batch)["loss"]) == float(loaded.train_step(batch)["loss"])
+
+
+@pytest.fixture
+def policy():
+    """Sets Keras' dtype policy for a test."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_learns_like_float32(precision, policy):
+    history = {}
+    for name in ("float32", precision):
+        policy(name)
+        model = mlp_isd(tf.distribute.get_strategy())
+        fit = dict(epochs=30, verbose=0, shuffle=False)
+        history[name] = model.fit(vectors(4), **fit).history["loss"]
+    assert history["float32"][-1] < 0.7 * history["float32"][0]
+    np.testing.assert_allclose(history[precision], history["float32"], rtol=0.05)
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (precision == "mixed_float16")
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_similarities_divergence_and_queue_are_float32_in_half_precision(
+    precision, policy, monkeypatch
+):
+    seen = []
+    compare = losses.similarity_distillation
+
+    def watch(student, teacher, anchors, *arguments, **keywords):
+        result = compare(student, teacher, anchors, *arguments, **keywords)
+        seen.extend(tensor.dtype for tensor in (student, teacher, anchors, *result[:3]))
+        return result
+
+    monkeypatch.setattr(losses, "similarity_distillation", watch)
+    policy(precision)
+    model = mlp_isd(tf.distribute.get_strategy())
+    model.fit(vectors(2), verbose=0)
+    assert set(seen) == {tf.float32} and model.queue.rows.dtype == "float32"
+    # Unit rows to float32's precision: half of it would be off by 1e-3.
+    norms = np.linalg.norm(model.queue.read_anchors(), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-6)
+
+
+def test_loss_scaling_gives_the_gradients_of_float32(policy):
+    """Weights after one step, with a scale so large that every loss and gradient carries it."""
+    policy("float32")
+    plain = resnet_isd(tf.distribute.get_strategy(), synchronized=False)
+    before = [variable.numpy() for variable in plain.trainable_variables]
+    policy("mixed_float16")
+    scaled = resnet_isd(tf.distribute.get_strategy(), synchronized=False)
+    scaled.optimizer.dynamic_scale.assign(2.0**12)
+    for ours, theirs in zip(plain.variables, scaled.variables, strict=True):
+        theirs.assign(ours)
+    for model in (plain, scaled):
+        model.fit(image_batches(1), verbose=0, shuffle=False)
+    moved = [
+        np.concatenate(
+            [(v.numpy() - b).ravel() for v, b in zip(m.trainable_variables, before, strict=True)]
+        )
+        for m in (plain, scaled)
+    ]
+    cosine = np.dot(*moved) / np.prod([np.linalg.norm(m) for m in moved])
+    assert cosine > 0.99 and np.linalg.norm(moved[1]) / np.linalg.norm(moved[0]) < 1.1
+
+
+def test_a_step_that_overflows_is_left_out_by_all_replicas_and_counted(policy, two_replicas):
+    policy("mixed_float16")
+    model = mlp_isd(two_replicas)
+    model.optimizer.dynamic_scale.assign(2.0**60)
+    before = [variable.numpy() for variable in model.trainable_variables]
+    model.fit(vectors(1), verbose=0)
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    for variable, value in ((model.optimizer.dynamic_scale, 2.0**59), (model.step, 1)):
+        for copy in two_replicas.experimental_local_results(variable.value):
+            assert float(copy) == value
+    assert int(model.optimizer.iterations.numpy()) == 0
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_xla_computes_the_same_steps(replicas, float64, two_replicas):
+    strategy = two_replicas if replicas == 2 else tf.distribute.get_strategy()
+    models = []
+    for jit_compile in (False, True):
+        model = mlp_isd(strategy, jit_compile=jit_compile)
+        histories = model.fit(vectors(6), verbose=0, shuffle=False).history
+        models.append((model, histories["loss"]))
+    (plain, loss), (compiled, compiled_loss) = models
+    np.testing.assert_allclose(compiled_loss, loss, rtol=1e-11)
+    for ours, theirs in zip(plain.variables, compiled.variables, strict=True):
+        np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-9, err_msg=ours.path)
+    graph = str(compiled.train_function.get_concrete_function(
+        iter(strategy.experimental_distribute_dataset(vectors(1)))
+    ).graph.as_graph_def())  # fmt: skip
+    assert "_XlaMustCompile" in graph
+
+
+def test_xla_is_refused_with_synchronised_batch_norm():
+    model = resnet_isd(tf.distribute.get_strategy(), synchronized=True)
+    with pytest.raises(ValueError, match="cannot compile .*synchronised.*leave --compile out"):
+        model.compile(isd_tf.TorchSGD(0.1), jit_compile=True)
 
 
 def test_features_are_those_of_the_student():

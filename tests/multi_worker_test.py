@@ -6,11 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from small_runs import ROOT, STEPS, assert_same_end, command, newest_weights, small_run
+from small_runs import (
+    ROOT,
+    STEPS,
+    assert_same_end,
+    command,
+    newest_weights,
+    small_run,
+    wait_for_checkpoint,
+)
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
@@ -49,12 +56,6 @@ def outputs(processes, timeout=120):
     return [process.communicate(timeout=timeout) for process in processes]
 
 
-def wait_for_checkpoint(workdir, step, process):
-    while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
-        assert process.poll() is None, "The run ended before it could be disturbed."
-        time.sleep(0.005)
-
-
 # ------------------------------------------------------------------------------------- equality
 
 
@@ -87,7 +88,7 @@ def test_one_device_two_devices_and_two_processes_train_the_same(train):
     """24 steps with views, float64, synchronised BatchNorm; losses of 3.4 down to 2.5 nats."""
     (one,), (mirrored,), workers = train("one"), train("mirrored"), train("multi_worker")
     assert len(one["losses"]) == 24 and one["losses"][-1] < 0.8 * one["losses"][0]
-    pointer = [name for name in one.files if name.endswith("feature_queue/pointer")]
+    pointer = [name for name in one.files if name.endswith(":queue/pointer")]
     assert [int(one[name]) for name in pointer] == [24 * 8 % 37]
     assert_close(mirrored, one, atol=1e-12)
     for worker in workers:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import keras
 import numpy as np
@@ -25,7 +24,15 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import flagfiles  # noqa: E402
 import run  # noqa: E402
-from small_runs import SMALL, STEPS, assert_same_end, command, newest_weights, small_run  # noqa: E402
+from small_runs import (  # noqa: E402
+    SMALL,
+    STEPS,
+    assert_same_end,
+    command,
+    newest_weights,
+    small_run,
+    wait_for_checkpoint,
+)
 
 FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
 
@@ -108,9 +115,7 @@ def kill_and_continue(arguments, workdir, step):
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
-        assert process.poll() is None, "The run ended before it could be killed."
-        time.sleep(0.005)
+    wait_for_checkpoint(workdir, step, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
@@ -124,6 +129,39 @@ def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
 ):
     kill_and_continue(small_run(photos, tmp_path, "--stages=pretrain"), tmp_path, step)
     assert_same_end(tmp_path, finished)
+
+
+@pytest.mark.parametrize("devices", [[], ["--strategy=mirrored", "--logical_cpus=2"]])
+def test_sigterm_saves_exits_143_and_is_continued(devices, finished, photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--stages=pretrain", *devices)
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for_checkpoint(tmp_path, 4, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 143
+    saved = re.search(r"Told to stop \(SIGTERM\): saved step (\d+)", output).group(1)
+    assert newest_weights(tmp_path)[0] == f"step-{saved.zfill(8)}"
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"after step {saved}." in result.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == STEPS
+    if not devices:
+        assert_same_end(tmp_path, finished)
+
+
+def test_all_switches_together(photos, tmp_path):
+    arguments = small_run(
+        photos, tmp_path, "--strategy=mirrored", "--logical_cpus=2", "--batch_norm=groups:2",
+        "--precision=mixed_bfloat16", "--compile", "--check_replicas", "--deterministic",
+        "--steps_per_execution=3", "--keep_every_epochs=1", "--if_checkpoint_fails=continue",
+    )  # fmt: skip
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        f"step-{step:08d}" for step in (6, 12, 18, 21, 24)
+    ]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert np.isfinite(results["loss"]) and results["step"] == STEPS
 
 
 class NumberedPhotos(tfds.core.GeneratorBasedBuilder):
@@ -330,6 +368,16 @@ def test_the_untrained_contestant_is_the_student_before_its_first_step():
         (["--teacher_momentum=1.1"], r"teacher_momentum must be in \[0, 1\].*1.1"),
         (["--sgd_momentum=1"], r"sgd_momentum must be in \[0, 1\)"),
         (["--learning_rate=0"], "learning_rate must be positive"),
+        (["--batch_norm=frozen"], "--batch_norm must be shuffled, .* groups:8. Received: frozen"),
+        (["--batch_norm=groups:0"], "--batch_norm must be shuffled"),
+        (
+            ["--batch_norm=groups:3"],
+            "--batch_size=4 for 1 replica of 3 groups. Use a multiple of 3",
+        ),
+        (["--compile", "--batch_norm=synchronized"], "XLA cannot compile.*leave --compile out"),
+        (["--steps_per_execution=4"], "divide the 6 steps.*Received: 4. Use one of 1, 2, 3, 6"),
+        (["--strategy=multi_worker"], "Several workers need TF_CONFIG"),
+        (["--keep_every_epochs=-1"], "--keep_every_epochs must be at least 0"),
         (["--learning_rate_schedule=drops"], "--drop_epochs=141,181"),
         (["--epochs=0"], "--epochs must be at least 1.*0"),
         (["--knn_every_epochs=-1"], "--knn_every_epochs must be at least 0.*-1"),

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import time
 
 import numpy as np
 import tensorflow as tf
@@ -40,3 +41,10 @@ def assert_same_end(workdir, other):
     assert name == other_name and ours.keys() == theirs.keys()
     for key, value in ours.items():
         np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+def wait_for_checkpoint(workdir, step, process):
+    """Waits until a run has saved `step` or a later one."""
+    while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
+        assert process.poll() is None, "The run ended before it could be disturbed."
+        time.sleep(0.005)

@@ -1,0 +1,221 @@
+"""tf.data service in processes of its own, as experiments/data_service.py starts them."""
+
+import contextlib
+import json
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+from small_runs import STEPS, command, small_run
+
+from isd_tf import datasets, input_pipeline
+from isd_tf.decoding import explaining
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "data_service.py"
+N, BATCH, SIZE = 23, 4, 12
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)
+
+
+def arrays():
+    return datasets.ArrayDataset("arrays", IMAGES, np.arange(N))
+
+
+def png_files(folder, broken=None):
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    if broken is not None:
+        (folder / f"{broken:02d}.png").write_bytes(b"broken")
+    return [str(folder / f"{i:02d}.png") for i in range(N)]
+
+
+def files(folder, broken=None):
+    return datasets.FileDataset("files", tuple(png_files(folder, broken)), np.arange(N))
+
+
+def records(folder, broken=None):
+    """The files in two shards of TFRecords, as TFDS writes them."""
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=N)}
+    )
+    shards = (str(folder / "shard0"), str(folder / "shard1"))
+    with contextlib.ExitStack() as until_written:
+        writers = [until_written.enter_context(tf.io.TFRecordWriter(shard)) for shard in shards]
+        for i, path in enumerate(png_files(folder, broken)):
+            writers[i % 2].write(features.serialize_example({"image": path, "label": i}))
+    return datasets.RecordDataset("records", shards, (0, 0), (12, 11), features, "image", "label")
+
+
+def batches_of(dataset, service=None, first_step=0, views=("weak", "weak"), **arguments):
+    return input_pipeline.pretraining_batches(
+        dataset, views, SIZE, BATCH, 1, first_step, data_service=service, **arguments
+    )
+
+
+def take(dataset, steps, service=None, *arguments, **more):
+    return list(batches_of(dataset, service, *arguments, **more).take(steps).as_numpy_iterator())
+
+
+@pytest.fixture
+def service(address, tmp_path):
+    return input_pipeline.DataService(address, job=str(tmp_path))
+
+
+def service_command(*arguments):
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """host:port of a dispatcher that has two workers."""
+    port = free_port()
+    roles = [("dispatcher", f"--port={port}"), *[("worker", f"--dispatcher=127.0.0.1:{port}")] * 2]
+    with contextlib.ExitStack() as at_the_end:
+        processes = []
+        for role, flag in roles:
+            process = subprocess.Popen(
+                service_command(f"--role={role}", flag), stdout=subprocess.PIPE, text=True
+            )
+            at_the_end.callback(process.wait)
+            at_the_end.callback(process.kill)
+            processes.append(process)
+        for process, (role, _) in zip(processes, roles, strict=True):
+            assert f"{role} is ready: " in process.stdout.readline()
+        yield f"127.0.0.1:{port}"
+        for process in processes:
+            process.terminate()
+        assert [process.wait(timeout=10) for process in processes] == [0, 0, 0]
+
+
+def fingerprint(batch):
+    return tuple(np.asarray(batch[key]).tobytes() for key in sorted(batch))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files", "records"])
+def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind):
+    dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
+    settings = dict(first_step=3, views=("weak", "strong"))
+    batches = take(dataset, 60, service, **settings)
+    for view in ("teacher_view", "student_view"):
+        assert batches[0][view].shape == (BATCH, SIZE, SIZE, 3)
+    # Bit for bit. Here and there the service is ahead of the local pipeline.
+    local = {fingerprint(batch): i for i, batch in enumerate(take(dataset, 120, **settings))}
+    steps = [local[fingerprint(batch)] for batch in batches]
+    assert len(set(steps)) == 60
+    # 5 steps an epoch. What one worker began with, it has handed over when 60 are there.
+    assert set(range(20)) <= set(steps)
+
+
+def test_two_trainers_share_the_batches_of_one_job(service):
+    trainers = [
+        iter(batches_of(arrays(), service, input_context=tf.distribute.InputContext(2, trainer, 2)))
+        for trainer in range(2)
+    ]
+    # With a replica in each, an element is half of a global batch.
+    local = {
+        fingerprint({key: values[first : first + 2] for key, values in batch.items()}): (i, first)
+        for i, batch in enumerate(take(arrays(), 120))
+        for first in (0, 2)
+    }
+    seen = [local[fingerprint(next(trainer))] for _ in range(30) for trainer in trainers]
+    assert len(set(seen)) == 60
+
+
+def test_another_recipe_in_the_same_job_has_batches_of_its_own(service):
+    for size in (SIZE, 8):
+        batches = input_pipeline.pretraining_batches(
+            arrays(), ("weak", "weak"), size, BATCH, 1, data_service=service
+        )
+        assert next(iter(batches))["teacher_view"].shape == (BATCH, size, size, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(files, r"\S+/05.png"), (records, r"\S+/shard1, record 2")]
+)
+def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path, kind, name):
+    dataset = kind(tmp_path, broken=5)
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    batches = strategy.distribute_datasets_from_function(lambda _: batches_of(dataset, service))
+    with pytest.raises(ValueError, match=f"every image must be readable. Received: {name}. Rep"):
+        with explaining():
+            for _, _ in zip(range(60), batches, strict=False):
+                pass
+
+
+def test_a_run_is_trained_and_evaluated(address, photos, tmp_path):
+    arguments = small_run(photos, tmp_path, f"--data_service={address}")
+    result = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == STEPS and np.isfinite(results["loss"])
+    assert 0 <= results["student_1nn"] <= 1
+
+
+def test_a_run_without_a_dispatcher_says_what_to_start(photos, tmp_path):
+    arguments = small_run(photos, tmp_path, "--data_service=127.0.0.1:9")
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    message = "run.py: .*must answer at --data_service=127.0.0.1:9. Received: .*refused.*Start one"
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("bad", ["somewhere", "somewhere:", ":5000", "grpc://somewhere"])
+def test_an_address_without_host_or_port_is_refused(bad):
+    with pytest.raises(ValueError, match=f"dispatcher's, host:port.*Received: .*{bad}"):
+        batches_of(arrays(), input_pipeline.DataService(bad, "job"))
+
+
+def test_an_unknown_host_is_refused():
+    with pytest.raises(OSError, match="must answer at --data_service=nowhere.invalid:5000"):
+        batches_of(arrays(), input_pipeline.DataService("nowhere.invalid:5000", "job"))
+
+
+def test_a_service_without_workers_is_not_waited_for_forever(monkeypatch):
+    monkeypatch.setattr(input_pipeline, "DATA_SERVICE_SECONDS", 0.5)
+    dispatcher = tf.data.experimental.service.DispatchServer()
+    address = dispatcher.target.partition("://")[2]
+    with pytest.raises(OSError, match="must have workers. Received: none.*--role=worker"):
+        batches_of(arrays(), input_pipeline.DataService(address, "job"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "required: --role"),
+        (["--role=trainer"], 2, "'trainer' .choose from"),
+        (["--role=dispatcher", "--port=65536"], 2, "below 65536. Received: 65536"),
+        (["--role=dispatcher", "--dispatcher=a:1"], 2, "a dispatcher has none. Received.*a:1"),
+        (["--role=worker"], 2, "A worker needs --dispatcher=HOST:PORT"),
+        (["--role=worker", "--dispatcher=a"], 1, "must be HOST:PORT. Received: a"),
+        (["--role=worker", "--dispatcher=127.0.0.1:9", "--timeout=0"], 1,
+         "should answer at 127.0.0.1:9.*refused.*--role=dispatcher --port=9"),
+        (["--role=worker", "--dispatcher=127.0.0.1:99999", "--timeout=0"], 1, "should answer at"),
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_start_says_why(arguments, code, message):
+    result = subprocess.run(service_command(*arguments), capture_output=True, text=True, timeout=20)
+    assert result.returncode == code
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+
+
+def test_a_port_that_is_taken_is_not_shared():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            service_command("--role=dispatcher", f"--port={port}"), capture_output=True, text=True
+        )
+    assert result.returncode == 1
+    assert re.search(f"must be free. Received: {port} ", result.stderr)
