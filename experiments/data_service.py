@@ -89,7 +89,7 @@ def serve(settings: argparse.Namespace):
                 settings.dispatcher,
                 worker_address=f"{address}:%port%",
                 port=settings.port,
-                dispatcher_timeout_ms=settings.timeout * 1000,
+                dispatcher_timeout_ms=max(settings.timeout, 1) * 1000,
             )
         )
         return server, f"A worker is ready: {address}, of the dispatcher {settings.dispatcher}"

@@ -540,7 +540,12 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         means = {name: float(value) for name, value in logs.items() if not name.endswith("nn")}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
         means["unreadable_images"] = len(unreadable[0].names)
-        record(workdir, means | {"step": checkpoints.step})
+        try:
+            record(workdir, means | {"step": checkpoints.step})
+        except OSError as error:
+            if FLAGS.if_checkpoint_fails == "stop":
+                raise
+            logging.error("The epoch's results cannot be written (%s).", error)
 
     stop = checkpointing.StopWhenTold(checkpoints)
     watching = [

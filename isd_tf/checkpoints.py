@@ -269,7 +269,7 @@ class StopWhenTold(keras.callbacks.Callback):
     def _stop_if_told(self):
         if cluster.gather_from_workers(self.checkpoints.strategy, int(self.told)).any():
             self.checkpoints.save()
-            print(f"Told to stop (SIGTERM): saved step {self.checkpoints.step}.", flush=True)
+            print(f"Told to stop (SIGTERM): saved step {self.checkpoints.newest_step}.", flush=True)
             sys.exit(EXIT_TOLD_TO_STOP)
 
 

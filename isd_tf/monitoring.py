@@ -1,5 +1,6 @@
 """Callbacks that only watch: means, throughput, progress, the TensorBoard log."""
 
+import contextlib
 import os
 import sys
 import textwrap
@@ -8,6 +9,7 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from isd_tf import distribution
 
@@ -163,24 +165,41 @@ class TensorBoardLog(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._writer = tf.summary.create_file_writer(self.directory)
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._complained = False
+
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.step.numpy())
         # An execution of several steps may pass over the multiple.
         if step % self.every_steps < self.model.steps_per_execution:
-            self._write("step", logs, step)
+            with self._outliving_a_full_disk():
+                self._write("step", logs, step)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._write("epoch", logs, int(self.model.step.numpy()))
-        self._writer.flush()
+        with self._outliving_a_full_disk():
+            self._write("epoch", logs, int(self.model.step.numpy()))
+            self._writer.flush()
 
     def on_train_end(self, logs=None):
-        self._writer.close()
+        with self._outliving_a_full_disk():
+            self._writer.close()
 
     def _write(self, prefix, logs, step):
         with self._writer.as_default(step):
             for name, value in logs.items():
                 # tf.summary.scalar is a function of the tensorboard package; this is TensorFlow's.
                 tf.summary.write(f"{prefix}/{name}", np.float32(value), metadata=_SCALARS)
+
+    @contextlib.contextmanager
+    def _outliving_a_full_disk(self):
+        # A run is worth more than its curves: what a full disk does to it, the checkpoints decide.
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if not self._complained:
+                reason = error.message.splitlines()[-1].strip()
+                logging.error("The log %s cannot be written. %s", self.directory, reason)
+            self._complained = True
 
 
 _SCALARS = tf.compat.v1.SummaryMetadata(

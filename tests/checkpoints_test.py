@@ -1,7 +1,5 @@
-import contextlib
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_runs import full_disk
 
 import isd_tf
 from isd_tf import checkpoints as checkpointing
@@ -126,17 +125,6 @@ def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
         model.step.assign(step)
         checkpoints.save()
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 10, 11]
-
-
-@contextlib.contextmanager
-def full_disk():
-    """Lets no file grow beyond 8 KB: writing fails half-way, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("continue_without", [False, True])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_runs import full_disk
 
 import isd_tf
 from isd_tf import monitoring
@@ -68,3 +69,34 @@ def test_progress_in_a_terminal_fits_into_80_columns(fit, capsys, monkeypatch):
     lines = output.replace("\r", "\n").replace("\b", "").splitlines()
     bars = [line for line in lines if "━" in line]
     assert bars and all("loss" in bar and "images/s" in bar and len(bar) < 80 for bar in bars)
+
+
+def logged_steps(directory):
+    (path,) = directory.iterdir()
+    return [
+        (value.tag, event.step)
+        for record in tf.compat.v1.io.tf_record_iterator(str(path))
+        for event in [tf.compat.v1.Event.FromString(record)]
+        for value in event.summary.value
+    ]
+
+
+def test_a_log_that_cannot_be_written_is_reported_once_an_epoch_and_ends_nothing(
+    fit, tmp_path, caplog
+):
+    with full_disk(largest_file=100):
+        history, _ = fit(monitoring.TensorBoardLog(tmp_path, every_steps=1))
+    assert len(history["loss"]) == 2
+    assert caplog.text.count(f"The log {tmp_path} cannot be written") == 2
+
+
+def test_the_log_has_a_value_for_each_multiple_that_an_execution_passes(tmp_path):
+    log = monitoring.TensorBoardLog(tmp_path, every_steps=4)
+    log.set_model(types.SimpleNamespace(step=tf.Variable(0), steps_per_execution=3))
+    log.on_train_begin()
+    log.on_epoch_begin(0)
+    for step in range(3, 19, 3):
+        log.model.step.assign(step)
+        log.on_train_batch_end(step - 1, {"loss": 1.0})
+    log.on_train_end()
+    assert logged_steps(tmp_path) == [("step/loss", step) for step in (6, 9, 12, 18)]

@@ -1,6 +1,8 @@
-"""Runs of experiments/run.py that take seconds: their flags, and what is left of them."""
+"""Runs of experiments/run.py that take seconds: their flags, what disturbs them, what is left."""
 
+import contextlib
 import pathlib
+import resource
 import sys
 import time
 
@@ -48,3 +50,14 @@ def wait_for_checkpoint(workdir, step, process):
     while not any(int(p.name[5:]) >= step for p in workdir.glob("checkpoints/step-*")):
         assert process.poll() is None, "The run ended before it could be disturbed."
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def full_disk(largest_file=8192):
+    """Lets no file grow beyond some bytes: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
