@@ -58,7 +58,7 @@ flags.DEFINE_string(
     "data_service",
     None,
     "host:port of a tf.data service's dispatcher, whose workers then prepare the views. Gives the "
-    "exact order of the images up.",
+    "exact order of the images up, and tolerates no unreadable one.",
 )
 flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
 
@@ -516,7 +516,9 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         return
     strategy, service = checkpoints.strategy, None
     if FLAGS.data_service:
-        service = isd_tf.DataService(FLAGS.data_service, str(workdir.resolve()))
+        # The chief's number names the job: an earlier start's would hold batches of other steps.
+        number = cluster.gather_from_workers(strategy, random.SystemRandom().getrandbits(60))[0]
+        service = isd_tf.DataService(FLAGS.data_service, f"{number}")
 
     def batches_from(step):
         return strategy.distribute_datasets_from_function(

@@ -117,7 +117,8 @@ def join(tf_config: str, timeout: float) -> tf.distribute.MultiWorkerMirroredStr
     # TensorFlow waits without end, and lets no Python run meanwhile: where a peer that was there
     # has gone again, only the system's alarm ends this process.
     signal.alarm(max(MINIMAL_JOIN_SECONDS, int(deadline - time.monotonic())))
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+    options = tf.distribute.experimental.CommunicationOptions(implementation=_implementation())
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     gather_from_workers(strategy, 0)  # The strategy itself may be made before all are there.
     signal.alarm(0)
     return strategy
@@ -228,6 +229,12 @@ def require_same(strategy: tf.distribute.Strategy, settings: dict[str, str]) -> 
 def digest(data: bytes) -> int:
     """Returns 64 bits of a hash of `data`, as a number that `gather_from_workers` takes."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little", signed=True)
+
+
+def _implementation():
+    # By itself TensorFlow would take its own ring over gRPC for GPUs as well.
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    return kinds.NCCL if tf.config.list_physical_devices("GPU") else kinds.RING
 
 
 def _tasks(strategy):

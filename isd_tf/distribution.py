@@ -129,6 +129,8 @@ def call_shuffled(
     count = tf.shape(images)[0]
     everyone = gather_across_replicas(images)  # [B, S, S, 3]
     order = tf.random.experimental.stateless_shuffle(tf.range(tf.shape(everyone)[0]), seed)
-    embeddings = function(tf.gather(everyone, own_rows(order, count)))
+    own = tf.gather(everyone, own_rows(order, count))
+    # Gathering has lost the number of rows, which compilers want to know.
+    embeddings = function(tf.ensure_shape(own, images.shape))
     shuffled = gather_across_replicas(embeddings)  # [B, D]
     return own_rows(tf.gather(shuffled, tf.argsort(order)), count)

@@ -41,7 +41,7 @@ class DataService(NamedTuple):
     """
 
     address: str  # of its dispatcher, host:port
-    job: str  # a name that the trainers of this run share, and other runs do not
+    job: str  # a name that the trainers share, and no earlier start of theirs or of others has had
 
 
 def pretraining_batches(
@@ -94,6 +94,7 @@ def pretraining_batches(
             f"{context.num_replicas_in_sync} replicas cannot share a batch of {global_batch_size} "
             f"evenly. Use a multiple of {context.num_replicas_in_sync} as --batch_size."
         )
+    replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
     if data_service:
         _require_workers(data_service.address)
         unreadable = None  # Nobody could count them on another machine.
@@ -123,15 +124,13 @@ def pretraining_batches(
     if data_service:
         # Every trainer takes from the same job, whose batches the service's workers make. Where a
         # service knows the name it goes on with that job, whatever dataset it is handed now.
-        recipe = (len(dataset), *views, image_size, global_batch_size, replica_batch_size, seed)
         batches = batches.apply(
             tf.data.experimental.service.distribute(
                 tf.data.experimental.service.ShardingPolicy.DYNAMIC,
                 f"grpc://{data_service.address}",
-                job_name=f"{data_service.job} {recipe} from {first_step}",
+                job_name=f"{data_service.job} from {first_step}",
             )
         )
-    replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
     return batches.prefetch(PREFETCHED_BATCHES * replicas_here)
 
 

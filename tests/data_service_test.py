@@ -132,14 +132,6 @@ def test_two_trainers_share_the_batches_of_one_job(service):
     assert len(set(seen)) == 60
 
 
-def test_another_recipe_in_the_same_job_has_batches_of_its_own(service):
-    for size in (SIZE, 8):
-        batches = input_pipeline.pretraining_batches(
-            arrays(), ("weak", "weak"), size, BATCH, 1, data_service=service
-        )
-        assert next(iter(batches))["teacher_view"].shape == (BATCH, size, size, 3)
-
-
 @pytest.mark.parametrize(
     ("kind", "name"), [(files, r"\S+/05.png"), (records, r"\S+/shard1, record 2")]
 )

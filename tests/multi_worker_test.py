@@ -78,9 +78,11 @@ def train(tmp_path_factory):
     return train
 
 
-def assert_close(ours, theirs, atol):
+def assert_close(ours, theirs, tolerance):
+    """Compares to `tolerance`, of the largest value where that is above 1."""
     assert ours.files == theirs.files
     for name in ours.files:
+        atol = tolerance * max(1.0, np.abs(theirs[name]).max())
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=atol, err_msg=name)
 
 
@@ -90,22 +92,22 @@ def test_one_device_two_devices_and_two_processes_train_the_same(train):
     assert len(one["losses"]) == 24 and one["losses"][-1] < 0.8 * one["losses"][0]
     pointer = [name for name in one.files if name.endswith(":queue/pointer")]
     assert [int(one[name]) for name in pointer] == [24 * 8 % 37]
-    assert_close(mirrored, one, atol=1e-12)
+    assert_close(mirrored, one, tolerance=1e-12)
     for worker in workers:
-        assert_close(worker, mirrored, atol=0)
+        assert_close(worker, mirrored, tolerance=0)
 
 
 def test_groups_on_one_device_have_the_statistics_of_several(train):
     """Two groups on one device against two devices, each with BatchNorm and Shuffle-BN."""
     (grouped,), (whole,) = train("one", "batch_norm=grouped"), train("one")
     (mirrored,) = train("mirrored", "batch_norm=shuffled")
-    # Statistics of 4 examples magnify rounding.
-    np.testing.assert_allclose(grouped["losses"], mirrored["losses"], rtol=1e-10)
+    # Statistics of 4 examples magnify rounding, from step to step.
+    np.testing.assert_allclose(grouped["losses"], mirrored["losses"], rtol=1e-8)
     assert abs(grouped["losses"][0] - whole["losses"][0]) > 1e-3
     for name in grouped.files:
         # A checkpoint of several devices has the first's moving statistics, groups have the mean.
         if "moving_" not in name:
-            np.testing.assert_allclose(grouped[name], mirrored[name], atol=1e-10, err_msg=name)
+            np.testing.assert_allclose(grouped[name], mirrored[name], atol=1e-8, err_msg=name)
 
 
 def test_several_steps_an_execution_are_the_same_steps(train):

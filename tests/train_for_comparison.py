@@ -45,7 +45,7 @@ def train(strategy, dtype="float64", batch_norm="synchronized", steps_per_execut
         encoder = isd_tf.build_encoder("tiny_resnet", 16, 4, **kind)
         heads = encoders.isd_plus_heads(16, **kind)
         model = isd_tf.ISD(encoder, *heads, 37, 0.2, 0.2, 0.9)
-        optimizer = isd_tf.TorchSGD(isd_tf.CosineByEpoch(0.005, 4, STEPS // 4))
+        optimizer = isd_tf.TorchSGD(isd_tf.CosineByEpoch(0.003, 4, STEPS // 4))
         model.compile(optimizer, steps_per_execution=steps_per_execution, **compile)
     batches = strategy.distribute_datasets_from_function(
         lambda context: isd_tf.pretraining_batches(
