@@ -30,6 +30,7 @@ import time
 
 RUN = pathlib.Path(__file__).resolve().with_name("run.py")
 GRACE_SECONDS = 40  # A worker notices within 30 that a peer is lost, and says so.
+STOP_SECONDS = 600  # For saving, once the launcher was told to stop.
 POLL_SECONDS = 0.1
 LOST_PEER = os.EX_TEMPFAIL  # run.py's exit code for it: 75.
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # run.py was told to stop, and has saved.
@@ -93,7 +94,7 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
             if code:
                 how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
                 say(f"Worker {index} ended {how}.")
-                # A launcher that was told to stop lets the others save for as long as they need.
+                # A launcher that was told to stop lets the others save.
                 if deadline is None and not received:
                     deadline = time.monotonic() + GRACE_SECONDS
         if received and not forwarded:
@@ -101,6 +102,7 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
             for process in running.values():
                 process.terminate()
             forwarded = True
+            deadline = time.monotonic() + STOP_SECONDS
         impatient = signal.SIGINT in received[1:]
         if impatient or (deadline is not None and time.monotonic() > deadline):
             # One whose peer is gone cannot save any more.

@@ -19,7 +19,6 @@ import os
 import pathlib
 import platform
 import random
-import signal
 import sys
 import time
 
@@ -188,7 +187,6 @@ def main(argv):
     with cluster.noticing_lost_peers(strategy):
         train, test = load_data(strategy)
         model = build_model(strategy, steps_per_epoch(train))
-        require_same_on_all_workers(strategy, train)
 
         with locked_workdir(strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
@@ -316,10 +314,12 @@ def choose_devices():
     strategy = distribution.choose_strategy(
         FLAGS.strategy if training else "one", tf_config, FLAGS.cluster_timeout
     )
-    # As workers of a cluster would ignore it; nothing is unsaved but in a training.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(checkpointing.EXIT_TOLD_TO_STOP))
-    if not training:
-        return strategy
+    checkpointing.exit_when_told()
+    with cluster.noticing_lost_peers(strategy):
+        # First of all: different flags would part the workers' ways.
+        mine = FLAGS.get_flags_for_module(__name__)
+        settings = {f"--{f.name}": str(f.value) for f in mine if f.name not in MACHINES_OWN}
+        cluster.require_same(strategy, settings)
     workers, replicas = cluster.number_of_workers(strategy), strategy.num_replicas_in_sync
     _, groups = batch_norm()
     if FLAGS.batch_size % (replicas * groups):
@@ -367,6 +367,7 @@ def load_data(strategy):
                     FLAGS.data_dir,
                     FLAGS.image_list,
                 )
+    cluster.require_same(strategy, {"images": json.dumps(fingerprint(train))})
     labelled = isd_tf.datasets.is_labelled(train)
     classes = f"{len(train.class_names)} classes" if labelled else "no labels"
     say(f"{train.name}: {len(train)} images, {classes}.")
@@ -390,12 +391,6 @@ def load_data(strategy):
             len(train),
         )
     return train, test
-
-
-def require_same_on_all_workers(strategy, train):
-    mine = FLAGS.get_flags_for_module(__name__)
-    settings = {f"--{f.name}": str(f.value) for f in mine if f.name not in MACHINES_OWN}
-    cluster.require_same(strategy, settings | {"images": json.dumps(fingerprint(train))})
 
 
 @contextlib.contextmanager
@@ -541,7 +536,7 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         # Accuracies are the evaluation's to tell.
         means = {name: float(value) for name, value in logs.items() if not name.endswith("nn")}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
-        means["unreadable_images"] = len(unreadable[0].names)
+        means["unreadable_images"] = len(unreadable[0].names)  # That the chief has met.
         try:
             record(workdir, means | {"step": checkpoints.step})
         except OSError as error:

@@ -138,7 +138,7 @@ def crop_boxes(seeds, height, width, area=(0.2, 1.0), aspect=(3 / 4, 4 / 3)) -> 
     draws = uniforms(seeds, _Stream.CROP, 2 * attempts + 2)  # [B, 22]
     full_height, full_width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     areas = full_height * full_width * _between(draws[:, :attempts], *area)
-    ratios = tf.exp(_between(draws[:, attempts:-2], np.log(aspect[0]), np.log(aspect[1])))
+    ratios = _exp(_between(draws[:, attempts:-2], np.log(aspect[0]), np.log(aspect[1])))
     widths, heights = tf.round(tf.sqrt(areas * ratios)), tf.round(tf.sqrt(areas / ratios))
     fits = (widths > 0) & (widths <= full_width) & (heights > 0) & (heights <= full_height)
 
@@ -269,7 +269,8 @@ def _apply_affine(images, jitter, active, grayscale=None):
         step = saturation * tf.eye(3) + (1 - saturation) * to_gray
         step *= (brightness * contrast)[:, tf.newaxis, tf.newaxis]
         # Contrast blends with the mean grey of the image as transformed so far.
-        mean_gray = tf.linalg.matvec(tf.linalg.matvec(matrix, mean) + offset, luma)  # [B]
+        # A product with all images at once would round each by how many there are.
+        mean_gray = tf.reduce_sum((tf.linalg.matvec(matrix, mean) + offset) * luma, axis=1)  # [B]
         shift = ((1 - contrast) * mean_gray)[:, tf.newaxis]
         matrix, offset = step @ matrix, tf.linalg.matvec(step, offset) + shift
     if grayscale is not None:
@@ -335,7 +336,7 @@ def gaussian_blur(images: tf.Tensor, sigmas: tf.Tensor) -> tf.Tensor:
 def _blur_matrices(sigmas, length):
     """Blurring along one axis as matrices [B, length, length]; every row sums to 1."""
     offsets = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-    weights = tf.exp(-(offsets.astype(np.float32) ** 2) / (2 * sigmas[:, tf.newaxis] ** 2))
+    weights = _exp(-(offsets.astype(np.float32) ** 2) / (2 * sigmas[:, tf.newaxis] ** 2))
     weights /= tf.reduce_sum(weights, axis=1, keepdims=True)  # [B, 2R + 1]
     # taps[o, i, j] = 1 where output i reads input j at offset o; beyond an edge, the edge itself.
     source = np.clip(np.arange(length)[np.newaxis] + offsets[:, np.newaxis], 0, length - 1)
@@ -367,6 +368,15 @@ def uniforms(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
         fn_output_signature=tf.float32,
     )
     return tf.ensure_shape(draws, [None, count])
+
+
+def _exp(x):
+    """tf.exp of [B, n], each row with the same bits whatever B is.
+
+    Processors take 4 to 16 numbers at a time, and what is left over singly, with another rounding.
+    """
+    count = x.shape[1]
+    return tf.exp(tf.pad(x, [[0, 0], [0, -count % 16]]))[:, :count]
 
 
 def _between(uniform, low, high):

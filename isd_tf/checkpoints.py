@@ -53,8 +53,9 @@ class Checkpoints:
         self.continue_without = continue_without
         self.strategy = model.distribute_strategy
         self._checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        if cluster.is_chief(self.strategy):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        with cluster.failing_together(self.strategy):
+            if cluster.is_chief(self.strategy):
+                self.directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def step(self) -> int:
@@ -108,7 +109,7 @@ class Checkpoints:
         _flush_to_disk(self.directory)
         for old in self._steps()[self.keep :]:
             if not self.keep_every_steps or old % self.keep_every_steps:
-                shutil.rmtree(self._place(old))
+                shutil.rmtree(self._place(old), ignore_errors=True)
 
     def restore_newest(self) -> int:
         """Restores the newest checkpoint that can be read whole, and returns its step.
@@ -235,8 +236,7 @@ class StopWhenTold(keras.callbacks.Callback):
     """At SIGTERM, as a machine sends that is about to be taken away: saves, and exits with 143.
 
     On all workers after the same step, whichever of them was told: every call of the train function
-    asks them. Stands behind SaveCheckpoints. Made after the strategy, which would have workers
-    ignore the signal.
+    asks them. Stands behind SaveCheckpoints.
 
     Args:
         checkpoints: where to save.
@@ -246,7 +246,6 @@ class StopWhenTold(keras.callbacks.Callback):
         super().__init__()
         self.checkpoints = checkpoints
         self.told = False
-        self.on_train_end()
 
     def on_train_begin(self, logs=None):
         def note(*_):
@@ -263,14 +262,27 @@ class StopWhenTold(keras.callbacks.Callback):
         self._stop_if_told()
 
     def on_train_end(self, logs=None):
-        # Outside of a training nothing is unsaved.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TOLD_TO_STOP))
+        exit_when_told()
+        if self.told:
+            sys.exit(EXIT_TOLD_TO_STOP)
 
     def _stop_if_told(self):
         if cluster.gather_from_workers(self.checkpoints.strategy, int(self.told)).any():
             self.checkpoints.save()
-            print(f"Told to stop (SIGTERM): saved step {self.checkpoints.newest_step}.", flush=True)
+            print(
+                f"Told to stop (SIGTERM) after step {self.checkpoints.step}; saved step "
+                f"{self.checkpoints.newest_step}.",
+                flush=True,
+            )
             sys.exit(EXIT_TOLD_TO_STOP)
+
+
+def exit_when_told() -> None:
+    """From now on SIGTERM ends the process with 143 at once, as where nothing is unsaved.
+
+    Workers of a cluster would otherwise ignore it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TOLD_TO_STOP))
 
 
 class StopAtNonFiniteLoss(keras.callbacks.Callback):

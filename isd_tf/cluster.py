@@ -7,6 +7,7 @@ process it costs nothing. Inside a training step replicas speak through `distrib
 import contextlib
 import hashlib
 import json
+import re
 import signal
 import socket
 import time
@@ -17,8 +18,8 @@ import tensorflow as tf
 
 # Between two lines of a worker that waits for its peers.
 REPORT_SECONDS = 60
-# What TensorFlow itself may take to connect workers that are all there.
-MINIMAL_JOIN_SECONDS = 60
+# What TensorFlow may take to connect workers that are all there; about one is usual.
+JOIN_SECONDS = 30
 # Longest message that workers tell each other, in bytes.
 MESSAGE_BYTES = 2048
 
@@ -31,6 +32,8 @@ PEER_ERRORS = (
     tf.errors.FailedPreconditionError,
     tf.errors.InternalError,
 )
+# Their text, where it is not an operation's own failure, on a GPU for example.
+SIGNS_OF_LOST_PEERS = re.compile("(?i)collective|/task:|coordination|peer|socket|heartbeat")
 
 
 class WorkerError(RuntimeError):
@@ -80,8 +83,11 @@ def parse_tf_config(text: str) -> tuple[list[str], int] | None:
             f"TF_CONFIG must say which task this process is, one of {known}, as in {example}. "
             f"Received: task={json.dumps(task)}."
         )
-    if not all(isinstance(a, str) and a.rpartition(":")[2].isdigit() for a in addresses):
+    ports = [a.rpartition(":")[2] if isinstance(a, str) else "" for a in addresses]
+    if not all(port.isdigit() and 0 < int(port) < 2**16 for port in ports):
         raise ValueError(f"Addresses in TF_CONFIG must be host:port. Received: {addresses}.")
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"TF_CONFIG must name each worker once. Received: {addresses}.")
     return addresses, tasks.index(here)
 
 
@@ -105,7 +111,6 @@ def join(tf_config: str, timeout: float) -> tf.distribute.MultiWorkerMirroredStr
             f"Received: TF_CONFIG={tf_config!r}. experiments/launch.py sets it for workers on one "
             "machine."
         )
-    deadline = time.monotonic() + timeout
     _wait_for_peers(*parsed, timeout)
     config = json.loads(tf_config)
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -116,10 +121,21 @@ def join(tf_config: str, timeout: float) -> tf.distribute.MultiWorkerMirroredStr
     )
     # TensorFlow waits without end, and lets no Python run meanwhile: where a peer that was there
     # has gone again, only the system's alarm ends this process.
-    signal.alarm(max(MINIMAL_JOIN_SECONDS, int(deadline - time.monotonic())))
+    print(
+        f"Worker {parsed[1]} has found all {len(parsed[0])} workers, and connects. If one is lost "
+        f"meanwhile, this process ends by SIGALRM after {JOIN_SECONDS} s.",
+        flush=True,
+    )
+    signal.alarm(JOIN_SECONDS)
     options = tf.distribute.experimental.CommunicationOptions(implementation=_implementation())
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
-    gather_from_workers(strategy, 0)  # The strategy itself may be made before all are there.
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
+        gather_from_workers(strategy, 0)  # The strategy itself may be made before all are there.
+    except PEER_ERRORS as error:
+        reason = error.message.splitlines()[0]
+        raise PeersError(
+            f"Worker {parsed[1]} cannot connect to the others ({reason}). Start all of them again."
+        ) from error
     signal.alarm(0)
     return strategy
 
@@ -142,19 +158,21 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 
 def gather_from_workers(strategy: tf.distribute.Strategy, values) -> np.ndarray:
-    """Returns every worker's numbers, of the same shape everywhere: [workers, ...]."""
-    values = np.asarray(values)[np.newaxis]
+    """Returns every worker's integers, of the same shape everywhere: [workers, ...]."""
+    values = np.asarray(values, np.int64)
     if number_of_workers(strategy) == 1:
-        return values
-    gathered = _all_gather(strategy, tf.constant(values))  # [replicas, ...]
-    replicas_of_one = len(gathered) // number_of_workers(strategy)
-    return gathered.numpy()[::replicas_of_one]
+        return values[np.newaxis]
+    mine = np.append(worker_index(strategy), values.ravel())[np.newaxis]
+    rows = _all_gather(strategy, tf.constant(mine)).numpy()  # [replicas, 1 + values]
+    # In TensorFlow's order, which is another from the eleventh worker on; one row each.
+    _, first = np.unique(rows[:, 0], return_index=True)
+    return rows[first, 1:].reshape(-1, *values.shape)
 
 
 def gather_messages(strategy: tf.distribute.Strategy, message: str) -> list[str]:
     """Returns every worker's message, cut off at MESSAGE_BYTES."""
     encoded = message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
-    rows = gather_from_workers(strategy, np.frombuffer(encoded, np.uint8).astype(np.int32))
+    rows = gather_from_workers(strategy, np.frombuffer(encoded, np.uint8))
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
@@ -162,17 +180,18 @@ def gather_messages(strategy: tf.distribute.Strategy, message: str) -> list[str]
 def noticing_lost_peers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Turns what TensorFlow raises when another worker is gone into PeersError.
 
-    TensorFlow notices after 10 seconds at most, whether the worker has ended or only hangs.
+    TensorFlow notices after about 10 seconds that a worker's process has ended or is stopped, or
+    that its machine is gone; not that its Python hangs.
     """
     try:
         yield
     except PEER_ERRORS as error:
-        if number_of_workers(strategy) == 1:
+        if number_of_workers(strategy) == 1 or not SIGNS_OF_LOST_PEERS.search(error.message):
             raise
         raise PeersError(
-            f"Worker {worker_index(strategy)} has lost another worker "
-            f"({type(error).__name__}), whose own output says more. Start all of them again: the "
-            "same command continues from the last checkpoint."
+            f"Worker {worker_index(strategy)} has lost another worker, whose own output says more "
+            f"({error.message.splitlines()[-1][:300]}). Start all of them again: the same command "
+            "continues from the last checkpoint."
         ) from error
 
 
@@ -213,7 +232,10 @@ def require_same(strategy: tf.distribute.Strategy, settings: dict[str, str]) -> 
     )
     count = gather_from_workers(strategy, len(digests))
     if (count != len(digests)).any():
-        raise ValueError(f"The workers run different programs: {count.tolist()} settings each.")
+        raise ValueError(
+            "All workers must run the same version of this program. Received: "
+            f"{count.tolist()} settings. Install the same on each."
+        )
     differ = (gather_from_workers(strategy, digests) != digests).any(axis=(0, 2))
     if differ.any():
         names = [name for name, other in zip(sorted(settings), differ, strict=True) if other]

@@ -61,9 +61,33 @@ def gather_across_replicas(values: tf.Tensor) -> tf.Tensor:
     """Concatenates every replica's values [b, ...] in the order of the global batch [B, ...]."""
     if number_of_replicas() == 1:
         return values
+    context = tf.distribute.get_replica_context()
+    replica = tf.reshape(tf.convert_to_tensor(context.replica_id_in_sync_group), [1])
     # Made here: what comes from outside the replica, as a batch does, may lie on no device that
     # TensorFlow knows of.
-    return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
+    gathered, replicas = (
+        context.all_gather(tf.identity(mine), axis=0) for mine in (values, replica)
+    )
+    return in_replica_order(gathered, replicas)
+
+
+def in_replica_order(gathered: tf.Tensor, replicas: tf.Tensor) -> tf.Tensor:
+    """Sorts what all_gather has brought by the replicas that it came from.
+
+    TensorFlow's own order is another from the eleventh worker on ("task:10" stands before "task:2")
+    and where a machine's GPUs are linked unequally.
+
+    Args:
+        gathered: [B, ...], equal parts of all replicas.
+        replicas: [R] whose parts they are.
+
+    Returns:
+        [B, ...] with the first replica's part first.
+    """
+    shape = tf.shape(gathered)
+    parts = tf.reshape(gathered, tf.concat([tf.shape(replicas), [-1], shape[1:]], 0))
+    sorted_parts = tf.gather(parts, tf.argsort(replicas))
+    return tf.ensure_shape(tf.reshape(sorted_parts, shape), gathered.shape)
 
 
 def mean_over_replicas(values: tf.Tensor) -> tf.Tensor:
@@ -85,7 +109,7 @@ def own_rows(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     )
 
 
-def all_finite_or_none(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+def spread_overflow(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
     """Makes gradients that are not finite on one replica so on every replica.
 
     Keras' loss scaling skips a step whose gradients overflow, but lets each replica judge by its

@@ -85,11 +85,9 @@ class StudentTeacher(keras.Model):
         Raises:
             ValueError: for jit_compile with synchronised BatchNorm, which communicates inside.
         """
-        synchronized = [
-            layer.name
-            for layer in self.student_encoder.layers
-            if getattr(layer, "synchronized", False)
-        ]
+        networks = (self.student_encoder, self.student_projector, self.predictor)
+        layers = [layer for network in networks if network for layer in network.layers]
+        synchronized = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
         if jit_compile and synchronized:
             raise ValueError(
                 "XLA cannot compile networks whose BatchNorm is synchronised across replicas. "
@@ -143,7 +141,7 @@ class StudentTeacher(keras.Model):
             scaled = self.optimizer.scale_loss(loss / distribution.number_of_replicas())
         gradients = tape.gradient(scaled, self.trainable_variables)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            gradients = distribution.all_finite_or_none(gradients)
+            gradients = distribution.spread_overflow(gradients)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         # The optimizer's own count leaves out steps that overflowed in float16.
         self.step.assign_add(1)

@@ -348,3 +348,19 @@ def test_layers_draw_their_own_seeds_inside_tf_data_and_keep_their_config(layer)
     assert first.dtype == tf.float32 and 0 <= np.min(first) and np.max(first) <= 255.01
     if not isinstance(layer, augment.RandomHorizontalFlip):  # Here it flips every image.
         assert np.abs(first - second).max() > 0
+
+
+@pytest.mark.parametrize("recipe", ["weak", "strong"])
+def test_a_view_has_the_same_bits_however_many_images_come_with_it(recipe):
+    """Workers prepare parts of a batch, and must not see other views than one process would."""
+    images = tf.constant(np.random.default_rng(0).integers(0, 256, (60, 23, 29, 3), np.uint8))
+    view = tf.function(augment.RECIPES[recipe])
+    for seed in range(3):
+        seeds = tf.stack([tf.fill([60], np.int64(seed)), tf.range(60, dtype=tf.int64)], axis=1)
+        whole = view(images, seeds, 17)
+        for rows in (1, 3, 4, 5, 12, 15, 30):
+            parts = [
+                view(images[first : first + rows], seeds[first : first + rows], 17)
+                for first in range(0, 60, rows)
+            ]
+            np.testing.assert_array_equal(tf.concat(parts, 0), whole)

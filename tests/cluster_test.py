@@ -38,6 +38,8 @@ WORKERS = ["a:1", "b:2"]
         (tf_config({"type": "worker", "index": "0"}, worker=WORKERS), '"index": "0"'),
         (tf_config({"type": "ps", "index": 0}, worker=WORKERS, ps=["c:3"]), "worker, ps"),
         (tf_config({"type": "worker", "index": 0}, worker=["a"]), "host:port.*'a'"),
+        (tf_config({"type": "worker", "index": 0}, worker=["a:99999"]), "host:port.*'a:99999'"),
+        (tf_config({"type": "worker", "index": 0}, worker=["a:1", "a:1"]), "each worker once"),
     ],
 )
 def test_a_cluster_that_cannot_be_read_is_refused(text, message):
@@ -93,4 +95,23 @@ def test_an_error_in_a_single_process_stays_what_it_is():
     with pytest.raises(KeyError, match="own"), cluster.failing_together(ONE):
         raise KeyError("own")
     with pytest.raises(tf.errors.UnavailableError), cluster.noticing_lost_peers(ONE):
-        raise tf.errors.UnavailableError(None, None, "not of a peer")
+        raise tf.errors.UnavailableError(None, None, "/job:worker/task:1 is gone")
+
+
+def test_what_several_workers_bring_is_sorted_by_who_brought_it(monkeypatch):
+    """TensorFlow's order of 11 workers of two replicas each, as it was seen with 11 processes."""
+    order = [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]
+    rows = [[worker, 100 + worker, -worker] for worker in order for _ in range(2)]
+    monkeypatch.setattr(cluster, "number_of_workers", lambda strategy: 11)
+    monkeypatch.setattr(cluster, "_all_gather", lambda strategy, mine: tf.constant(rows, tf.int64))
+    gathered = cluster.gather_from_workers(ONE, [100, 0])
+    np.testing.assert_array_equal(gathered, [[100 + worker, -worker] for worker in range(11)])
+
+
+def test_an_operations_own_failure_is_not_a_lost_peer(monkeypatch):
+    monkeypatch.setattr(cluster, "number_of_workers", lambda strategy: 2)
+    with pytest.raises(tf.errors.InternalError), cluster.noticing_lost_peers(ONE):
+        raise tf.errors.InternalError(None, None, "CUDA_ERROR_ILLEGAL_ADDRESS")
+    with pytest.raises(cluster.PeersError, match="task:1 is gone.*Start all"):
+        with cluster.noticing_lost_peers(ONE):
+            raise tf.errors.UnavailableError(None, None, "/job:worker/task:1 is gone")

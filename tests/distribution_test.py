@@ -26,6 +26,12 @@ def test_gather_gives_every_replica_the_global_batch_in_order(two_replicas):
         np.testing.assert_array_equal(gathered, VALUES)
 
 
+def test_what_comes_in_another_order_is_sorted_by_replica():
+    parts = [VALUES[4:6], VALUES[0:2], VALUES[6:8], VALUES[2:4]]
+    ordered = distribution.in_replica_order(tf.concat(parts, 0), tf.constant([2, 0, 3, 1]))
+    np.testing.assert_array_equal(ordered, VALUES)
+
+
 def test_shuffled_call_normalises_over_shuffled_groups_and_restores_the_order(two_replicas):
     def centre(rows):
         return rows - tf.reduce_mean(rows, axis=0)
@@ -71,7 +77,7 @@ def test_gradients_that_overflow_on_one_replica_do_so_on_all(two_replicas):
         fine = [tf.constant([1.0, 2.0]), rows]
         broken = [tf.constant([1.0, float("inf")]), rows]
         broken = [tf.where(first, *pair) for pair in zip(fine, broken, strict=True)]
-        return [distribution.all_finite_or_none(gradients) for gradients in (fine, broken)]
+        return [distribution.spread_overflow(gradients) for gradients in (fine, broken)]
 
     run = tf.function(lambda: two_replicas.run(gradients_of, args=(tf.constant(VALUES),)))
     fine, broken = run()

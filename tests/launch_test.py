@@ -287,7 +287,7 @@ esac
 FAKE_PYTHON = """#!/bin/bash
 echo "TF_CONFIG=$TF_CONFIG"
 echo "arguments: $*"
-[ "$SLURM_PROCID" = 1 ] || exit 0
+[ "$SLURM_PROCID" = 1 ] || exit "$CODE_OF_WORKER_0"
 exit "$CODE_OF_WORKER_1"
 """
 
@@ -312,6 +312,7 @@ def sbatch(tmp_path):
             "SLURM_JOB_ID": "41234",
             "SLURM_JOB_NODELIST": "gpu[07-08]",
             "SLURM_CPUS_PER_TASK": "32",
+            "CODE_OF_WORKER_0": "0",
             "CODE_OF_WORKER_1": str(code),
         }
         return subprocess.run(
@@ -348,6 +349,12 @@ def test_slurm_requeues_what_a_restart_can_cure(code, requeued, sbatch):
     result = sbatch(code=code)
     assert (result.returncode, result.stderr) == (code, "")
     assert result.stdout.count("requeued") == requeued
+
+
+def test_slurm_does_not_requeue_an_error_of_one_worker_that_the_other_lost(sbatch, tmp_path):
+    result = sbatch(code=75, CODE_OF_WORKER_0="1")
+    assert result.returncode == 75 and "requeue" not in result.stdout
+    assert not list(tmp_path.glob(".slurm-*"))
 
 
 def test_slurm_requeues_not_forever(sbatch):

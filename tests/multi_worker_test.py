@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from small_runs import (
     ROOT,
     STEPS,
@@ -167,8 +169,8 @@ def test_a_worker_killed_at_random_ends_the_others_and_all_restart_to_the_same_b
     launcher = run_launcher(distributed_run(photos, tmp_path), restarts=1)
     try:
         wait_for_checkpoint(tmp_path, random.integers(2, 14), launcher)
-        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True)
-        os.kill(int(children.stdout.split()[killed]), signal.SIGKILL)
+        children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+        os.kill(int(children.split()[killed]), signal.SIGKILL)
         output, _ = launcher.communicate(timeout=150)
     finally:
         launcher.kill()
@@ -209,12 +211,29 @@ def newest_step(workdir):
     return max((int(p.name[5:]) for p in workdir.glob("checkpoints/step-*")), default=0)
 
 
-def test_checkpoints_pass_from_one_device_to_two_workers_and_back(photos, tmp_path, start_workers):
+def assert_exports_what_the_checkpoint_holds(workdir, processes):
+    for process, (_, errors) in zip(processes, outputs(processes), strict=True):
+        assert process.returncode == 0, errors
+    version = max((workdir / "saved_model").iterdir())
+    exported = tf.train.load_checkpoint(str(version / "variables" / "variables"))
+    exported = [exported.get_tensor(key) for key in exported.get_variable_to_shape_map()]
+    _, stored = newest_weights(workdir)
+    students = [value for key, value in stored.items() if key.startswith("model/student_encoder/")]
+    assert len(students) > 20
+    for value in students:
+        assert any(np.array_equal(value, other) for other in exported)
+
+
+def test_checkpoints_pass_from_one_device_to_two_workers_and_back(
+    photos, whole, tmp_path, start_workers
+):
     one = command(*distributed_run(photos, tmp_path, "--strategy=one"))
     two = command(*distributed_run(photos, tmp_path))
     alone = subprocess.Popen(one, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stop_early([alone], tmp_path)
     first = newest_step(tmp_path)
+    export = command(*distributed_run(photos, tmp_path, "--stages=export"))
+    assert_exports_what_the_checkpoint_holds(tmp_path, start_workers(export, export))
     stop_early(start_workers(two, two), tmp_path)
     second = newest_step(tmp_path)
     assert 0 < first < second < STEPS
@@ -222,6 +241,9 @@ def test_checkpoints_pass_from_one_device_to_two_workers_and_back(photos, tmp_pa
     assert result.returncode == 0, result.stderr
     assert f"after step {second}" in result.stdout
     assert newest_step(tmp_path) == STEPS
+    export = command(*distributed_run(photos, whole, "--stages=export", "--strategy=one"))
+    alone = subprocess.Popen(export, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert_exports_what_the_checkpoint_holds(whole, [alone])
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -237,10 +259,12 @@ def assert_all_refuse(workers, message):
 def test_workers_with_different_recipes_refuse(photos, tmp_path, start_workers):
     workers = start_workers(
         command(*distributed_run(photos, tmp_path)),
-        command(*distributed_run(photos, tmp_path, "--seed=1", "--learning_rate=0.1")),
+        command(*distributed_run(photos, tmp_path, "--seed=1", "--width=8", "--stages=export")),
     )
-    message = "same recipe.*worker 0 has --learning_rate=0.05 --seed=0; worker 1 has "
-    assert_all_refuse(workers, message + "--learning_rate=0.1 --seed=1")
+    message = (
+        "same recipe.*worker 0 has --seed=0 --stages=\\['pretrain'\\] --width=4; worker 1 has "
+    )
+    assert_all_refuse(workers, message + "--seed=1 --stages=\\['export'\\] --width=8")
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -49,7 +49,7 @@ def train(strategy, dtype="float64", batch_norm="synchronized", steps_per_execut
         model.compile(optimizer, steps_per_execution=steps_per_execution, **compile)
     batches = strategy.distribute_datasets_from_function(
         lambda context: isd_tf.pretraining_batches(
-            DATA, ("weak", "strong"), 16, BATCH, 0, input_context=context
+            DATA, ("weak", "strong"), 16, BATCH, 5, input_context=context
         )
     )
     losses = Losses()

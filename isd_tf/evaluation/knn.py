@@ -105,7 +105,8 @@ class EvaluateKNN(keras.callbacks.Callback):
     Args:
         bank, queries: as in `knn_accuracy`.
         every_epochs: how often.
-        hurried: asked again and again; once it says True, this epoch is left unscored.
+        hurried: asked again and again; once it says True, this epoch is left unscored. Of several
+            workers only the chief scores and is asked: the others wait, and hear nothing.
     """
 
     def __init__(
