@@ -211,6 +211,7 @@ def main(argv):
                     else "\nInterrupted before the first checkpoint: the same command starts anew."
                 )
                 sys.exit(130)  # As shells have it: 128 + SIGINT.
+            cluster.linger(strategy)
 
 
 def run_stages(model, checkpoints, first_step, train, test, workdir):

@@ -274,6 +274,7 @@ class StopWhenTold(keras.callbacks.Callback):
                 f"{self.checkpoints.newest_step}.",
                 flush=True,
             )
+            cluster.linger(self.checkpoints.strategy)
             sys.exit(EXIT_TOLD_TO_STOP)
 
 

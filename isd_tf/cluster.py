@@ -20,6 +20,8 @@ import tensorflow as tf
 REPORT_SECONDS = 60
 # What TensorFlow may take to connect workers that are all there; about one is usual.
 JOIN_SECONDS = 30
+# Before a worker exits on purpose: what it said last may still be on its way to the others.
+LINGER_SECONDS = 2
 # Longest message that workers tell each other, in bytes.
 MESSAGE_BYTES = 2048
 
@@ -211,10 +213,18 @@ def failing_together(strategy: tf.distribute.Strategy) -> Iterator[None]:
         error = own
     message = "" if error is None else f"{error}" or type(error).__name__
     failures = {i: text for i, text in enumerate(gather_messages(strategy, message)) if text}
+    if failures:
+        linger(strategy)
     if error is not None:
         raise error
     if failures:
         raise WorkerError("; ".join(f"Worker {i} failed: {text}" for i, text in failures.items()))
+
+
+def linger(strategy: tf.distribute.Strategy) -> None:
+    """Waits a little, where the others may still be receiving what this worker has said last."""
+    if number_of_workers(strategy) > 1:
+        time.sleep(LINGER_SECONDS)
 
 
 def require_same(strategy: tf.distribute.Strategy, settings: dict[str, str]) -> None:
@@ -241,6 +251,7 @@ def require_same(strategy: tf.distribute.Strategy, settings: dict[str, str]) -> 
         names = [name for name, other in zip(sorted(settings), differ, strict=True) if other]
         mine = " ".join(f"{name}={settings[name]}" for name in names)
         everyone = gather_messages(strategy, mine)
+        linger(strategy)
         raise ValueError(
             "All workers must be started with the same recipe on the same data. Received: "
             + "; ".join(f"worker {i} has {text}" for i, text in enumerate(everyone))

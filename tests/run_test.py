@@ -139,7 +139,7 @@ def test_sigterm_saves_exits_143_and_is_continued(devices, finished, photos, tmp
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143
-    saved = re.search(r"Told to stop \(SIGTERM\): saved step (\d+)", output).group(1)
+    saved = re.search(r"Told to stop \(SIGTERM\) after step \d+; saved step (\d+)", output).group(1)
     assert newest_weights(tmp_path)[0] == f"step-{saved.zfill(8)}"
     result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
