@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/options.py [PAIRS]
 
 Calls of the train function alternate in one process, and the ratio is taken pair by pair: ISD,
-ResNet-18, 32x32, batch 64, queue of 16 384. mixed_float16 is left out: CPUs take minutes a step.
+ResNet-18, 32x32, batch 64, queue of 16 384. mixed_float16 is left out: it is for
+GPUs, and had not ended here after minutes.
 """
 
 import os
