@@ -107,8 +107,8 @@ def passing_bytes(net: Sizes, queue: int, dimension: int, batch: int, side: int,
         # About seven at a time, by benchmarks/kl.py's 896 MB; streamed, 74 MB at b = 256.
         "similarities": 290_000 * own if streamed else 7 * 4 * own * queue,
         "views": 2 * images * own,
-        # What arrives, the same put together, and this replica's part of it.
-        "images gathered": images * (2 * batch + own) if gathers else 0,
+        # What arrives, put together, sorted by replica, and this replica's part of it.
+        "images gathered": images * (3 * batch + own) if gathers else 0,
     }
 
 
