@@ -358,7 +358,7 @@ def test_a_view_has_the_same_bits_however_many_images_come_with_it(recipe):
     for seed in range(3):
         seeds = tf.stack([tf.fill([60], np.int64(seed)), tf.range(60, dtype=tf.int64)], axis=1)
         whole = view(images, seeds, 17)
-        for rows in (1, 3, 4, 5, 12, 15, 30):
+        for rows in (3, 4, 15, 30):
             parts = [
                 view(images[first : first + rows], seeds[first : first + rows], 17)
                 for first in range(0, 60, rows)

@@ -132,10 +132,11 @@ def resnet_isd(strategy, synchronized, shuffled=False, heads=encoders.isd_plus_h
     return model
 
 
-@pytest.mark.parametrize("heads", [encoders.isd_heads, encoders.isd_plus_heads])
-def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replicas, heads):
-    one = resnet_isd(tf.distribute.get_strategy(), synchronized=True, heads=heads)
-    two = resnet_isd(two_replicas, synchronized=True, heads=heads)
+def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replicas):
+    """With ISD's heads; ISD+'s, several processes and views: multi_worker_test.py."""
+    settings = dict(synchronized=True, heads=encoders.isd_heads)
+    one = resnet_isd(tf.distribute.get_strategy(), **settings)
+    two = resnet_isd(two_replicas, **settings)
     for ours, theirs in zip(one.variables, two.variables, strict=True):
         theirs.assign(ours)
 

@@ -131,8 +131,9 @@ def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
     assert_same_end(tmp_path, finished)
 
 
-@pytest.mark.parametrize("devices", [[], ["--strategy=mirrored", "--logical_cpus=2"]])
-def test_sigterm_saves_exits_143_and_is_continued(devices, finished, photos, tmp_path):
+def test_sigterm_saves_exits_143_and_is_continued(photos, tmp_path):
+    """On two devices; one is checkpoints_test.py's, two workers are multi_worker_test.py's."""
+    devices = ["--strategy=mirrored", "--logical_cpus=2"]
     arguments = small_run(photos, tmp_path, "--stages=pretrain", *devices)
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_checkpoint(tmp_path, 4, process)
@@ -145,8 +146,6 @@ def test_sigterm_saves_exits_143_and_is_continued(devices, finished, photos, tmp
     assert result.returncode == 0, result.stderr
     assert f"after step {saved}." in result.stdout
     assert json.loads((tmp_path / "results.json").read_text())["step"] == STEPS
-    if not devices:
-        assert_same_end(tmp_path, finished)
 
 
 def test_all_switches_together(photos, tmp_path):
