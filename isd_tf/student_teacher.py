@@ -100,7 +100,11 @@ class StudentTeacher(keras.Model):
     def compile_from_config(self, config):
         """Keras' counterpart of `compile`, for a model that is loaded from a file."""
         config = keras.saving.deserialize_keras_object(config)
-        self.compile(config["optimizer"], config["jit_compile"])
+        self.compile(
+            config["optimizer"],
+            config["jit_compile"],
+            steps_per_execution=config["steps_per_execution"],
+        )
 
     def call(self, images, training=False):
         """Features [B, C] of the student's encoder for normalised images [B, S, S, 3]."""

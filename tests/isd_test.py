@@ -197,11 +197,13 @@ def test_training_lowers_the_loss_and_needs_no_labels():
 
 def test_a_model_is_saved_and_loaded_whole(tmp_path):
     model = resnet_isd(tf.distribute.get_strategy(), synchronized=False)
+    model.compile(model.optimizer, steps_per_execution=3)
     saver = keras.callbacks.ModelCheckpoint(tmp_path / "isd.keras")
     model.fit(image_batches(3), verbose=0, shuffle=False, callbacks=[saver])
     loaded = keras.models.load_model(tmp_path / "isd.keras")
     assert isinstance(loaded, isd_tf.ISD)
     assert loaded.teacher_temperature == model.teacher_temperature
+    assert loaded.steps_per_execution == 3
     for ours, theirs in zip(model.variables, loaded.variables, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
     batch = next(iter(image_batches(1)))

@@ -37,12 +37,15 @@ from small_runs import (  # noqa: E402
 FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
 
 
+def set_flags(*arguments):
+    for name in list(flags.FLAGS):
+        run.FLAGS[name].unparse()
+    run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
+
+
 def call(*arguments):
     """Runs main() in this process with the given flags only."""
-    for name in list(flags.FLAGS):
-        if name in run.FLAGS.flag_values_dict():
-            run.FLAGS[name].unparse()
-    run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
+    set_flags(*arguments)
     run.main(["run.py"])
 
 
@@ -281,6 +284,18 @@ def test_a_queue_larger_than_the_dataset_warns(photos, tmp_path, caplog):
     assert "queue (30) is larger than the dataset (24 images)" in caplog.text
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_is_emulated_warns(native, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run.distribution, "bfloat16_is_native", lambda: native)
+    before = keras.config.dtype_policy()
+    set_flags(*small_run(photos, tmp_path, "--precision=mixed_bfloat16"))
+    try:
+        run.choose_devices()
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert ("emulate bfloat16" in caplog.text) == (not native)
+
+
 def test_another_recipe_in_the_same_workdir_is_refused(finished, photos):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="--seed=0 then, --seed=1 now"):
@@ -339,10 +354,7 @@ def test_a_finished_workdir_is_exported_without_its_data(finished, tmp_path):
 
 
 def test_the_untrained_contestant_is_the_student_before_its_first_step():
-    call_flags = small_run("unused", "unused")
-    for name in list(flags.FLAGS):
-        run.FLAGS[name].unparse()
-    run.FLAGS(flagfiles.expand(["run.py", *call_flags]))
+    set_flags(*small_run("unused", "unused"))
     keras.utils.set_random_seed(run.FLAGS.seed)
     model = run.build_model(tf.distribute.get_strategy(), 1)
     keras.utils.set_random_seed(run.FLAGS.seed)
