@@ -11,8 +11,6 @@ Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have
 130 and 143 when told to stop, by Ctrl-C and by SIGTERM.
 """
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -30,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
+import workdirs  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 import isd_tf  # noqa: E402
@@ -188,7 +187,7 @@ def main(argv):
         train, test = load_data(strategy)
         model = build_model(strategy, steps_per_epoch(train))
 
-        with locked_workdir(strategy) as workdir:
+        with workdirs.locked(FLAGS.workdir, strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
                 workdir / "checkpoints",
                 model,
@@ -232,7 +231,7 @@ def run_stages(model, checkpoints, first_step, train, test, workdir):
                 encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
                 path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
                 say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-            say(f"Results: {record(workdir, {'step': checkpoints.step})}")
+            say(f"Results: {workdirs.record(workdir, {'step': checkpoints.step})}")
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -394,55 +393,6 @@ def load_data(strategy):
     return train, test
 
 
-@contextlib.contextmanager
-def locked_workdir(strategy):
-    """Makes the workdir, and keeps other runs out of it."""
-    workdir = pathlib.Path(FLAGS.workdir)
-    with contextlib.ExitStack() as until_the_end:
-        with cluster.failing_together(strategy):
-            if cluster.is_chief(strategy):
-                until_the_end.enter_context(lock(workdir))
-        require_shared(workdir, strategy)
-        yield workdir
-
-
-@contextlib.contextmanager
-def lock(workdir):
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "w")
-    except OSError as error:
-        raise OSError(
-            f"--workdir must be a folder that can be written. Received: {FLAGS.workdir} ({error})."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"Another process is at work in {workdir}. Wait for it, or use another --workdir."
-            ) from None
-        yield
-
-
-def require_shared(workdir, strategy):
-    """Lets the chief leave a number in the workdir, which all the others must find there."""
-    if cluster.number_of_workers(strategy) == 1:
-        return
-    path, number = workdir / ".cluster", random.SystemRandom().getrandbits(60)
-    with cluster.failing_together(strategy):
-        if cluster.is_chief(strategy):
-            path.write_text(str(number))
-    number = int(cluster.gather_from_workers(strategy, number)[0])
-    with cluster.failing_together(strategy):
-        if not path.exists() or path.read_text() != str(number):
-            raise FileNotFoundError(
-                f"All workers must share the workdir. Received: --workdir={workdir}, which on "
-                f"{platform.node()} does not hold what the chief has just written. Use a folder "
-                "that all machines see."
-            )
-
-
 def fingerprint(train):
     return {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
 
@@ -539,7 +489,7 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
         means["pretrain_seconds_since_start"] = time.monotonic() - start
         means["unreadable_images"] = len(unreadable[0].names)  # That the chief has met.
         try:
-            record(workdir, means | {"step": checkpoints.step})
+            workdirs.record(workdir, means | {"step": checkpoints.step})
         except OSError as error:
             if FLAGS.if_checkpoint_fails == "stop":
                 raise
@@ -600,7 +550,7 @@ def evaluate(model, train, test, unreadable, workdir):
         one, twenty = scores[f"{name}_1nn"], scores[f"{name}_20nn"]
         say(f"{name.replace('_', ' '):20}{one:>8.1%}{twenty:>8.1%}")
     say("")
-    record(workdir, scores)
+    workdirs.record(workdir, scores)
 
 
 def reason_not_to_score(train, test):
@@ -620,17 +570,6 @@ def evaluation_data(train, test, unreadable):
         isd_tf.evaluation_batches(split, FLAGS.image_size, EVALUATION_BATCH, counter)
         for split, counter in zip((train, test), unreadable, strict=True)
     ]
-
-
-def record(workdir, results):
-    """Adds figures to results.json, and returns its path."""
-    path = workdir / "results.json"
-    if path.exists():
-        results = json.loads(path.read_text()) | results
-    unfinished = workdir / "results.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    os.replace(unfinished, path)
-    return path
 
 
 def say(text):

@@ -163,7 +163,7 @@ class GroupedBatchNormalization(layers.BatchNormalization):
         **kwargs: as in keras.layers.BatchNormalization.
 
     Raises:
-        ValueError: if groups is not positive.
+        ValueError: if groups is not positive, or does not divide a batch.
     """
 
     def __init__(self, groups: int, **kwargs):
@@ -175,6 +175,11 @@ class GroupedBatchNormalization(layers.BatchNormalization):
     def call(self, inputs, training=None, mask=None):
         if not training:
             return super().call(inputs, training=False, mask=mask)
+        if (inputs.shape[0] or 0) % self.groups:
+            raise ValueError(
+                f"BatchNorm's {self.groups} groups share a batch evenly. Received: a batch of "
+                f"{inputs.shape[0]}. Use a multiple of {self.groups}."
+            )
         shape = tf.shape(inputs)
         # In the weights' precision, also where the network computes in half of it.
         x = tf.cast(inputs, self.variable_dtype)

@@ -92,3 +92,18 @@ def test_unknown_encoder_lists_the_known_ones():
         isd_tf.build_encoder("resnet18", 4)
     with pytest.raises(ValueError, match="30 features"):
         encoders.isd_plus_heads(30)
+
+
+def test_groups_are_normalised_each_by_itself_and_their_mean_is_remembered():
+    layer = encoders.GroupedBatchNormalization(3, momentum=0.9, epsilon=1e-5)
+    x = np.random.default_rng(0).normal(2.0, 3.0, size=(12, 5, 5, 4)).astype(np.float32)
+    y = layer(x, training=True).numpy()
+    parts = x.reshape(3, 4, 5, 5, 4).astype(np.float64)
+    mean, variance = (f(parts, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((parts - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_mean, 0.1 * mean.mean(axis=0).ravel(), rtol=1e-5)
+    moved = 0.9 + 0.1 * variance.mean(axis=0).ravel()
+    np.testing.assert_allclose(layer.moving_variance, moved, rtol=1e-5)
+    with pytest.raises(ValueError, match="3 groups share a batch evenly.*a batch of 10"):
+        layer(x[:10], training=True)
