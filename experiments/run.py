@@ -1,4 +1,4 @@
-"""Pretrains an encoder by ISD, scores it and exports it.
+"""Pretrains an encoder by ISD, or a method it is compared with, scores it and exports it.
 
     python experiments/run.py --flagfile=quickstart.flags
     python experiments/run.py --flagfile=imagenet.flags --data_dir=PATH --workdir=runs/imagenet
@@ -67,7 +67,11 @@ flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, stron
 flags.DEFINE_string("encoder", None, f"One of {', '.join(encoders.ARCHITECTURES)}.")
 flags.DEFINE_integer("width", None, "Channels of the encoder's first stage; unset: its usual ones.")
 flags.DEFINE_enum(
-    "heads", None, list(encoders.HEADS), "ISD has a predictor, ISD+ a projector as well."
+    "heads",
+    None,
+    list(encoders.HEADS),
+    "isd: a predictor on the student's side; isd_plus (and BYOL): a projector on both sides as "
+    "well; moco_v2: a projector only.",
 )
 flags.DEFINE_string(
     "batch_norm",
@@ -83,9 +87,19 @@ flags.DEFINE_enum(
 )
 
 # Method
+METHODS = {  # Class, and the flags that are its settings.
+    "isd": (
+        isd_tf.ISD,
+        ("queue_size", "teacher_temperature", "student_temperature", "teacher_momentum"),
+    ),
+    "moco_v2": (isd_tf.MoCoV2, ("queue_size", "temperature", "teacher_momentum")),
+    "byol": (isd_tf.BYOL, ("teacher_momentum",)),
+}
+flags.DEFINE_enum("method", "isd", list(METHODS), "What the student learns from the teacher.")
 flags.DEFINE_integer("queue_size", None, "Anchors in the queue.")
 flags.DEFINE_float("teacher_temperature", None, "Divides the teacher's similarities.")
 flags.DEFINE_float("student_temperature", None, "Divides the student's similarities.")
+flags.DEFINE_float("temperature", 0.2, "With moco_v2: divides all similarities.")
 flags.DEFINE_float("teacher_momentum", None, "Share of its past that the teacher keeps each step.")
 
 # Optimization
@@ -170,10 +184,7 @@ RANGES = {  # Of those that no class of the package checks.
     "log_every_steps": (1, LARGE),
     "knn_every_epochs": (0, LARGE),
 }
-REQUIRED = (
-    "dataset image_size views encoder heads queue_size teacher_temperature student_temperature "
-    "teacher_momentum epochs batch_size learning_rate workdir".split()
-)
+REQUIRED = "dataset image_size views encoder heads epochs batch_size learning_rate workdir".split()
 
 
 def main(argv):
@@ -240,7 +251,8 @@ def run_stages(model, checkpoints, first_step, train, test, workdir):
 def check_flags(argv):
     if argv[1:]:
         raise ValueError(f"Arguments must be flags. Received: {' '.join(argv[1:])}.")
-    unset = [name for name in REQUIRED if FLAGS[name].value is None]
+    _, settings = METHODS[FLAGS.method]
+    unset = [name for name in (*REQUIRED, *settings) if FLAGS[name].value is None]
     if unset:
         raise ValueError(
             f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
@@ -252,7 +264,13 @@ def check_flags(argv):
             f"Unknown stages. Expected some of {', '.join(STAGES)}. "
             f"Received: --stages={','.join(FLAGS.stages)}."
         )
+    every = dict.fromkeys(name for _, names in METHODS.values() for name in names)
+    unused = [name for name in every if FLAGS[name].present and name not in settings]
+    if unused:
+        say(f"--method={FLAGS.method} has no use for --{', --'.join(unused)}.")
     for name, (low, high) in RANGES.items():
+        if FLAGS[name].value is None:
+            continue
         if not low <= FLAGS[name].value <= high:
             raise ValueError(
                 f"--{name} must be at least {low:g}"
@@ -263,7 +281,7 @@ def check_flags(argv):
         raise ValueError(
             f"--learning_rate must be positive and finite. Received: {FLAGS.learning_rate}."
         )
-    if FLAGS.queue_size < FLAGS.batch_size:
+    if "queue_size" in settings and FLAGS.queue_size < FLAGS.batch_size:
         raise ValueError(
             f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
             f"Received: --queue_size={FLAGS.queue_size}. Raise it or lower --batch_size."
@@ -383,7 +401,7 @@ def load_data(strategy):
             f"--steps_per_execution must divide the {steps} steps of an epoch. Received: "
             f"{FLAGS.steps_per_execution}. Use one of {', '.join(fitting)}."
         )
-    if FLAGS.queue_size > len(train):
+    if "queue_size" in METHODS[FLAGS.method][1] and FLAGS.queue_size > len(train):
         logging.warning(
             "The queue (%d) is larger than the dataset (%d images): images will meet older keys "
             "of themselves among their anchors.",
@@ -432,15 +450,13 @@ def build_model(strategy, steps_per_epoch):
         encoder = isd_tf.build_encoder(
             FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
         )
-        model = isd_tf.ISD(
+        method, settings = METHODS[FLAGS.method]
+        model = method(
             encoder,
             *encoders.HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
-            queue_size=FLAGS.queue_size,
-            teacher_temperature=FLAGS.teacher_temperature,
-            student_temperature=FLAGS.student_temperature,
-            teacher_momentum=FLAGS.teacher_momentum,
             shuffle_batch_norm=not synchronized,
             seed=FLAGS.seed,
+            **{name: FLAGS[name].value for name in settings},
         )
         if FLAGS.learning_rate_schedule == "cosine":
             rate = isd_tf.CosineByEpoch(FLAGS.learning_rate, FLAGS.epochs, steps_per_epoch)

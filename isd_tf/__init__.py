@@ -14,7 +14,8 @@ isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
 from isd_tf import augment, datasets, losses
-from isd_tf.encoders import build_encoder, isd_heads, isd_plus_heads
+from isd_tf.baselines import BYOL, MoCoV2
+from isd_tf.encoders import build_encoder, isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.evaluation.knn import knn_accuracy
 from isd_tf.export import export_encoder
 from isd_tf.feature_queue import FeatureQueue
@@ -27,11 +28,13 @@ from isd_tf.student_teacher import StudentTeacher
 __version__ = "0.1.0"
 
 __all__ = [
+    "BYOL",
     "ISD",
     "CosineByEpoch",
     "DataService",
     "DropsByEpoch",
     "FeatureQueue",
+    "MoCoV2",
     "StudentTeacher",
     "TorchSGD",
     "augment",
@@ -43,5 +46,6 @@ __all__ = [
     "isd_plus_heads",
     "knn_accuracy",
     "losses",
+    "moco_v2_heads",
     "pretraining_batches",
 ]

@@ -59,6 +59,16 @@ def weak_view(images: tf.Tensor, seeds: tf.Tensor, size: int) -> tf.Tensor:
 RECIPES = {"strong": strong_view, "weak": weak_view}
 
 
+def linear_view(images: tf.Tensor, seeds: tf.Tensor, size: int) -> tf.Tensor:
+    """Draws the view that the linear classifier is trained on; arguments as in `strong_view`.
+
+    Crop of 8% to all of the area, flip, normalise. Source: UMBCvision/ISD eval_linear.py:131-136.
+    """
+    views = random_resized_crop(images, seeds, size, area=(0.08, 1.0))
+    views = random_horizontal_flip(views, seeds)
+    return normalize(views)
+
+
 def evaluation_view(images: tf.Tensor, size: int) -> tf.Tensor:
     """Resizes the shorter side to 256/224 of `size`, crops the centre and normalises.
 

@@ -66,6 +66,8 @@ class RecordDataset:
         features: TFDS' description of what is wanted of a record.
         image_key, label_key: features of a record; label_key may be None.
         class_names: of the labels.
+        kept: bool, for each record of all shards in turn whether it belongs; None: all do.
+        new_labels: int64, what each stored label is called here; None: the same.
     """
 
     name: str
@@ -76,16 +78,34 @@ class RecordDataset:
     image_key: str
     label_key: str | None
     class_names: tuple[str, ...] = ()
+    kept: np.ndarray | None = None
+    new_labels: np.ndarray | None = None
 
     def __len__(self):
-        return sum(self.takes)
+        return sum(self.takes) if self.kept is None else int(self.kept.sum())
+
+    @property
+    def shards(self) -> tuple:
+        """Of each shard what `read_shard` takes: path, records to skip, to take, and before it."""
+        counts = (self.skips, self.takes, np.cumsum((0, *self.takes[:-1])))
+        return np.array(self.files), *(np.array(values, np.int64) for values in counts)
+
+    def read_shard(self, file, skip, take, before) -> tf.data.Dataset:
+        """The records of a shard that belong to the dataset: (file, index in it, record)."""
+        records = tf.data.TFRecordDataset(file).enumerate().skip(skip).take(take)
+        if self.kept is not None:
+            kept = tf.constant(self.kept)
+            records = records.filter(lambda index, record: kept[before + index - skip])
+        return records.map(lambda index, record: (file, index, record))
 
     def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the encoded image and the label (-1 if there is none) of a record."""
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
         example = self.features.deserialize_example(record, decoders=decoders)
-        label = example[self.label_key] if self.label_key else -1
-        return example[self.image_key], tf.cast(label, tf.int64)
+        label = tf.cast(example[self.label_key] if self.label_key else -1, tf.int64)
+        if self.new_labels is not None:
+            label = tf.gather(tf.constant(self.new_labels), label)
+        return example[self.image_key], label
 
 
 Dataset = ArrayDataset | FileDataset | RecordDataset
@@ -153,6 +173,8 @@ def fingerprint(dataset: Dataset) -> str:
     else:
         shards = [os.path.basename(file) for file in dataset.files]
         digest.update(repr((shards, dataset.skips, dataset.takes)).encode())
+        for part in (dataset.kept, dataset.new_labels):
+            digest.update(b"" if part is None else part.tobytes())
     if not isinstance(dataset, RecordDataset) and dataset.labels is not None:
         digest.update(dataset.labels.tobytes())
     return digest.hexdigest()[:16]

@@ -217,7 +217,7 @@ def isd_heads(
 def isd_plus_heads(
     feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
 ) -> tuple[keras.Model, keras.Model]:
-    """ISD+: a projector on both sides, and a predictor on the student's.
+    """ISD+ and BYOL-asym: a projector on both sides, and a predictor on the student's.
 
     Returns:
         (projector, predictor): Linear(d, 2d) - BN - ReLU - Linear(2d, d / 4), and
@@ -237,7 +237,21 @@ def isd_plus_heads(
     return projector, predictor
 
 
-HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads}
+def moco_v2_heads(
+    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
+) -> tuple[keras.Model, None]:
+    """MoCo v2: a projector on both sides, without BatchNorm, and no predictor.
+
+    Returns:
+        (projector, None): Linear(d, d) - ReLU - Linear(d, 128).
+
+    Source: Chen et al., arXiv:2003.04297; facebookresearch/moco main_moco.py, --mlp.
+    """
+    del synchronized_batch_norm, batch_norm_groups  # There is none.
+    return _two_layer_perceptron(feature_dim, feature_dim, 128, True, None, "projector"), None
+
+
+HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads, "moco_v2": moco_v2_heads}
 
 
 def _two_layer_perceptron(inputs, hidden, outputs, first_bias, norm, name):
@@ -247,7 +261,7 @@ def _two_layer_perceptron(inputs, hidden, outputs, first_bias, norm, name):
             # Keras would round features to float32 where more precision is asked for.
             keras.Input((inputs,), dtype=policy.variable_dtype),
             _torch_dense(inputs, hidden, first_bias, "linear1"),
-            norm("bn"),
+            *([norm("bn")] if norm else []),
             layers.ReLU(name="relu"),
             # In the weights' precision: embeddings are compared more finely than half of it.
             _torch_dense(hidden, outputs, True, "linear2", dtype=policy.variable_dtype),

@@ -4,6 +4,8 @@ import keras
 import tensorflow as tf
 
 UNKNOWN_LABEL = -1
+# Neighbours whose labels make up the purity: UMBCvision/ISD train_isd_plus.py:206-214.
+PURITY_NEIGHBORS = 5
 
 
 class FeatureQueue(keras.layers.Layer):
@@ -61,9 +63,18 @@ class FeatureQueue(keras.layers.Layer):
         # A sparse read: after a scatter update a dense read would copy the variable once more.
         return tf.gather(self.rows.value, tf.range(self.size))
 
-    def read_labels(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns the labels of `rows` (integers of any shape), -1 where unknown."""
-        return tf.gather(self.labels.value, rows)
+    def purity(self, nearest: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """Share of the nearest rows that carry the image's label; unknown labels never match.
+
+        Args:
+            nearest: integers [B, n], the rows nearest to each image's teacher embedding, before the
+                image itself is enqueued.
+            labels: integers [B], -1 where unknown.
+        """
+        nearest_labels = tf.gather(self.labels.value, nearest)  # [B, n]
+        labels = tf.cast(labels, nearest_labels.dtype)[:, tf.newaxis]
+        matches = tf.logical_and(nearest_labels == labels, labels >= 0)
+        return tf.reduce_mean(tf.cast(matches, tf.float32))
 
     def enqueue(self, embeddings: tf.Tensor, labels: tf.Tensor | None = None) -> None:
         """Overwrites the oldest rows.

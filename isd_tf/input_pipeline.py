@@ -102,10 +102,14 @@ def pretraining_batches(
     else:
         unreadable = unreadable or Unreadable(len(dataset), 0.0)
     order = _Order(
-        global_batch_size, context.num_input_pipelines, context.input_pipeline_id, seed, first_step
+        len(dataset),
+        global_batch_size,
+        seed,
+        first_step,
+        workers=context.num_input_pipelines,
+        worker=context.input_pipeline_id,
     )
-    read = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
-    images = read[type(dataset)](dataset, order, unreadable)
+    images = READERS[type(dataset)](dataset, order, unreadable)
 
     def two_views(places, images, labels):  # [n], [n, H, W, 3], [n]
         batch = {"label": labels} if is_labelled(dataset) else {}
@@ -165,9 +169,8 @@ def evaluation_batches(
                 tf.data.AUTOTUNE,
             )
         else:
-            counts = (np.array(values, np.int64) for values in (dataset.skips, dataset.takes))
-            shards = (list(dataset.files), *counts)
-            records = tf.data.Dataset.from_tensor_slices(shards).flat_map(_shard_records)
+            shards = tf.data.Dataset.from_tensor_slices(dataset.shards)
+            records = shards.flat_map(dataset.read_shard)
 
             def decode_record(file, index, record):
                 encoded, label = dataset.parse(record)
@@ -181,6 +184,41 @@ def evaluation_batches(
         tf.data.AUTOTUNE,
     )
     return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+
+
+def probe_batches(
+    dataset: Dataset,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    unreadable: Unreadable | None = None,
+) -> tf.data.Dataset:
+    """Makes the batches of one epoch for a linear classifier: one random view an image.
+
+    Args:
+        dataset: what to read.
+        image_size: side S of the views in pixels.
+        batch_size: images in a batch; the last of the epoch has what remains.
+        seed: of order and views, together with the epoch.
+        epoch: counted from 0.
+        unreadable: counts images that cannot be read, which the next ones replace.
+
+    Returns:
+        Pairs of float32 [b, S, S, 3], `augment.linear_view`s, and int64 [b], labels.
+    """
+    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    order = _Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
+    first_step = epoch * order.steps_per_epoch
+    order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
+    images = READERS[type(dataset)](dataset, order, unreadable)
+
+    def one_view(places, images, labels):  # [n], [n, H, W, 3], [n]
+        seeds = tf.stack([tf.zeros_like(places) + seed, places], axis=1)
+        return augment.linear_view(images, seeds, image_size), labels
+
+    views = images.map(one_view, tf.data.AUTOTUNE)
+    return views.rebatch(order.global_batch_size).prefetch(PREFETCHED_BATCHES)
 
 
 def check_views(views: tuple[str, ...]) -> None:
@@ -232,24 +270,57 @@ def _require_workers(address):
 
 
 class _Order(NamedTuple):
-    """Which places of the training belong to this worker: in every batch, its part of the rows."""
+    """Which places of the training belong to this worker: in every batch, its part of the rows.
 
+    Places count images over the whole training. An epoch has `images_per_epoch` of them: a multiple
+    of the batch, or with `keep_remainder`, for a single worker, the whole dataset.
+    """
+
+    dataset_size: int
     global_batch_size: int
-    workers: int
-    worker: int
     seed: int
-    first_step: int
+    first_step: int = 0
+    last_step: int = tf.int64.max
+    workers: int = 1
+    worker: int = 0
+    keep_remainder: bool = False
 
     @property
     def rows(self):
         return self.global_batch_size // self.workers
 
     @property
-    def steps(self):
-        return tf.data.Dataset.range(self.first_step, tf.int64.max)
+    def steps_per_epoch(self):
+        whole, remainder = divmod(self.dataset_size, self.global_batch_size)
+        return whole + (self.keep_remainder and remainder > 0)
 
-    def first_place(self, step):
-        return step * self.global_batch_size + self.worker * self.rows
+    @property
+    def images_per_epoch(self):
+        images = self.steps_per_epoch * self.global_batch_size
+        return min(images, self.dataset_size) if self.keep_remainder else images
+
+    @property
+    def steps(self):
+        return tf.data.Dataset.range(self.first_step, self.last_step)
+
+    @property
+    def epochs(self):
+        last = (self.last_step - 1) // self.steps_per_epoch + 1
+        return tf.data.Dataset.range(self.first_step // self.steps_per_epoch, last)
+
+    def places(self, step):
+        epoch, step_in_epoch = step // self.steps_per_epoch, step % self.steps_per_epoch
+        first = step_in_epoch * self.global_batch_size + self.worker * self.rows
+        places = first + tf.range(self.rows, dtype=tf.int64)
+        if self.keep_remainder:
+            places = places[: self.images_per_epoch - first]
+        return epoch * self.images_per_epoch + places
+
+    def images_at(self, places, attempt=0):
+        """Which images stand at places of one epoch, or `attempt` places further on in it."""
+        epoch = tf.reshape(places, [-1])[0] // self.images_per_epoch
+        places_in_epoch = (places % self.images_per_epoch + attempt) % self.dataset_size
+        return permuted(places_in_epoch, epoch, self.dataset_size, self.seed)
 
     def is_own(self, place):
         return place % self.global_batch_size // self.rows == self.worker
@@ -259,14 +330,10 @@ def _array_batches(dataset, order, unreadable):
     del unreadable  # Arrays are decoded.
     with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
         all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
-    images_per_epoch = _images_per_epoch(dataset, order)
 
     def gather_batch(step):
-        places = order.first_place(step) + tf.range(order.rows, dtype=tf.int64)
-        rows = permuted(
-            places % images_per_epoch, step * order.global_batch_size // images_per_epoch,
-            len(dataset), order.seed,
-        )  # fmt: skip
+        places = order.places(step)
+        rows = order.images_at(places)
         return places, tf.gather(all_images, rows), tf.gather(all_labels, rows)
 
     return order.steps.map(gather_batch, tf.data.AUTOTUNE)
@@ -274,19 +341,14 @@ def _array_batches(dataset, order, unreadable):
 
 def _file_images(dataset, order, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
-    images_per_epoch = _images_per_epoch(dataset, order)
 
     def places_of(step):
-        first = order.first_place(step)
-        return tf.data.Dataset.range(first, first + order.rows)
+        return tf.data.Dataset.from_tensor_slices(order.places(step))
 
     def decode_image(place):
-        epoch, place_in_epoch = place // images_per_epoch, place % images_per_epoch
-
         def candidate(attempt):
             # What cannot be read gives way to the next image in the epoch's order.
-            next_place = (place_in_epoch + attempt) % len(dataset)
-            row = permuted(next_place, epoch, len(dataset), order.seed)
+            row = order.images_at(place, attempt)
             return paths[row], paths[row], labels[row]
 
         # When none can be read, `unreadable` ends the run.
@@ -297,17 +359,17 @@ def _file_images(dataset, order, unreadable):
 
 
 def _record_images(dataset, order, unreadable):
-    images_per_epoch = _images_per_epoch(dataset, order)
-    first_epoch, skipped = divmod(order.first_step * order.global_batch_size, images_per_epoch)
-    files = tf.constant(dataset.files)
-    skips, takes = (tf.constant(values, tf.int64) for values in (dataset.skips, dataset.takes))
+    images_per_epoch = order.images_per_epoch
+    first_epoch, first_step_in_epoch = divmod(order.first_step, order.steps_per_epoch)
+    skipped = first_step_in_epoch * order.global_batch_size
+    all_shards = [tf.constant(values) for values in dataset.shards]
 
     def epoch_of_records(epoch):
         key = tf.stack([tf.constant(order.seed, tf.int64), epoch])
         permutation = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
-        shards = tuple(tf.gather(values, permutation) for values in (files, skips, takes))
+        shards = tuple(tf.gather(values, permutation) for values in all_shards)
         in_shards = tf.data.Dataset.from_tensor_slices(shards).interleave(
-            _shard_records, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
+            dataset.read_shard, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
         )
         # `shuffle` would mix the program's global seed in. This sets that of this function's graph
         # alone; 0 would make it fail, as it compares both seeds with 0 in Python.
@@ -338,20 +400,12 @@ def _record_images(dataset, order, unreadable):
         with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [message])]):
             return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
 
-    epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
-    windows = epochs.flat_map(epoch_of_records)
+    windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
     return windows.map(decode_record, tf.data.AUTOTUNE)
 
 
-def _images_per_epoch(dataset, order):
-    return len(dataset) // order.global_batch_size * order.global_batch_size
-
-
-def _shard_records(file, skip, take):
-    """The records of a shard that belong to the split: (file, index in it, record)."""
-    records = tf.data.TFRecordDataset(file).enumerate().skip(skip).take(take)
-    return records.map(lambda index, record: (file, index, record))
+READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
 
 
 def _record_name(file, index):

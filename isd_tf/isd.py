@@ -8,11 +8,8 @@ import tensorflow as tf
 
 from isd_tf import losses
 from isd_tf.distribution import gather_across_replicas
-from isd_tf.feature_queue import FeatureQueue
-from isd_tf.student_teacher import StudentTeacher
-
-# Neighbours whose labels make up the purity: UMBCvision/ISD train_isd_plus.py:206-214.
-PURITY_NEIGHBORS = 5
+from isd_tf.feature_queue import PURITY_NEIGHBORS, FeatureQueue
+from isd_tf.student_teacher import StudentTeacher, embedding_std
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -103,15 +100,13 @@ class ISD(StudentTeacher):
             "student_entropy": tf.reduce_mean(distillation.student_entropy),
         }
         if labels is not None:
-            nearest_labels = self.queue.read_labels(distillation.nearest)  # [b, 5]
-            monitored["purity"] = _purity(labels, nearest_labels)
+            monitored["purity"] = self.queue.purity(distillation.nearest, labels)
 
         # Last, so that a batch never meets itself among its anchors.
         embeddings = gather_across_replicas(teacher_embeddings)  # [B, D]
         self.queue.enqueue(embeddings, None if labels is None else gather_across_replicas(labels))
 
-        spread = tf.reduce_mean(tf.math.reduce_std(embeddings, axis=0))
-        monitored["embedding_std"] = spread * float(self.embedding_dim) ** 0.5
+        monitored["embedding_std"] = embedding_std(embeddings)
         monitored["learning_rate"] = learning_rate
         return monitored
 
@@ -122,9 +117,3 @@ class ISD(StudentTeacher):
             "student_temperature": self.student_temperature,
         }
         return {**super().get_config(), **mine}
-
-
-def _purity(labels, nearest_labels):
-    labels = tf.cast(labels, nearest_labels.dtype)[:, tf.newaxis]
-    matches = tf.logical_and(nearest_labels == labels, labels >= 0)
-    return tf.reduce_mean(tf.cast(matches, tf.float32))

@@ -13,6 +13,45 @@ STREAMED_FROM = 2**25
 CHUNK = 2048
 
 
+def info_nce(
+    student_embeddings: tf.Tensor,
+    teacher_embeddings: tf.Tensor,
+    anchors: tf.Tensor,
+    temperature: float,
+) -> tf.Tensor:
+    """Cross-entropy of telling an image's own teacher embedding from the anchors.
+
+    -log(exp(q.k / T) / (exp(q.k / T) + sum_i exp(q.a_i / T))): every anchor is equally negative. No
+    gradient reaches the teacher's embeddings or the anchors.
+
+    Args:
+        student_embeddings: [B, D] unit rows q.
+        teacher_embeddings: [B, D] unit rows k.
+        anchors: [K, D] unit rows a, earlier batches only.
+        temperature: positive T.
+
+    Returns:
+        Nats, [B].
+
+    Source: He et al., MoCo, CVPR 2020, equation 1.
+    """
+    teacher_embeddings = tf.stop_gradient(teacher_embeddings)
+    queries = student_embeddings / temperature
+    positive = tf.reduce_sum(queries * teacher_embeddings, axis=1)  # [B]
+    negative = tf.matmul(queries, tf.stop_gradient(anchors), transpose_b=True)  # [B, K]
+    logits = tf.concat([positive[:, tf.newaxis], negative], axis=1)  # [B, 1 + K]
+    return tf.reduce_logsumexp(logits, axis=1) - positive
+
+
+def squared_distance(student_embeddings: tf.Tensor, teacher_embeddings: tf.Tensor) -> tf.Tensor:
+    """Squared distance [B] of unit rows [B, D]: 2 - 2 cos, without a gradient to the teacher's.
+
+    Source: Grill et al., BYOL, NeurIPS 2020, equation 2; UMBCvision/ISD train_byol.py:90-96.
+    """
+    difference = student_embeddings - tf.stop_gradient(teacher_embeddings)
+    return tf.reduce_sum(difference**2, axis=1)
+
+
 class SimilarityDistillation(NamedTuple):
     """What comparing student and teacher over the anchors gives; entropies in nats."""
 

@@ -241,6 +241,15 @@ class StudentTeacher(keras.Model):
         return tf.math.l2_normalize(tf.cast(x, self.variable_dtype), axis=1)
 
 
+def embedding_std(embeddings: tf.Tensor) -> tf.Tensor:
+    """Spread of unit rows [B, D]: their deviation over B, mean over D, times sqrt(D).
+
+    About 1 where they are spread over the sphere, 0 where they have collapsed.
+    """
+    dimension = tf.cast(tf.shape(embeddings)[1], embeddings.dtype)
+    return tf.reduce_mean(tf.math.reduce_std(embeddings, axis=0)) * tf.sqrt(dimension)
+
+
 def _frozen_copy(network: keras.Model) -> keras.Model:
     copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())

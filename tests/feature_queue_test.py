@@ -28,7 +28,7 @@ def test_enqueue_overwrites_the_oldest_and_wraps_off_a_multiple():
             expected[(3 * batch + i) % 5] = value
             expected_labels[(3 * batch + i) % 5] = value
         np.testing.assert_array_equal(queue.read_anchors(), expected)
-        np.testing.assert_array_equal(queue.read_labels(tf.range(5)), expected_labels)
+        np.testing.assert_array_equal(queue.labels.numpy(), expected_labels)
     assert int(queue.pointer) == 12 % 5
 
 
@@ -36,7 +36,7 @@ def test_enqueue_without_labels_forgets_the_labels_of_overwritten_rows():
     queue = FeatureQueue(4, 3)
     queue.enqueue(rows([1, 2, 3]), tf.constant([7, 8, 9], tf.int64))
     queue.enqueue(rows([4, 5]))
-    np.testing.assert_array_equal(queue.read_labels(tf.range(4)), [-1, 8, 9, -1])
+    np.testing.assert_array_equal(queue.labels.numpy(), [-1, 8, 9, -1])
 
 
 def test_a_batch_may_fill_the_queue_and_no_more():
@@ -59,7 +59,7 @@ def test_rows_labels_and_pointer_are_saved_weights(tmp_path):
     keras.Sequential([keras.Input((2,)), _Holder(other)]).load_weights(tmp_path / "q.weights.h5")
 
     np.testing.assert_array_equal(other.read_anchors(), queue.read_anchors())
-    np.testing.assert_array_equal(other.read_labels(tf.range(5)), [1, 2, 3, -1, -1])
+    np.testing.assert_array_equal(other.labels.numpy(), [1, 2, 3, -1, -1])
     assert int(other.pointer) == 3
     assert not other.trainable_variables
 

@@ -2,25 +2,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_models import INPUTS, B, D, K, image_batches, linear_encoder, softmax, unit
 
 import isd_tf
 from isd_tf import encoders, losses, monitoring
-
-B, K, D, INPUTS = 4, 10, 3, 6
-
-
-def linear_encoder(dtype="float32"):
-    layer = keras.layers.Dense(D, use_bias=False)
-    return keras.Sequential([keras.Input((INPUTS,), dtype=dtype), layer])
-
-
-def unit(rows):
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def softmax(logits):
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def test_steps_equal_a_numpy_implementation_of_the_paper(float64):
@@ -89,17 +74,6 @@ def test_collapsed_embeddings_have_no_deviation():
     same = tf.ones([B, INPUTS])
     logs = model.train_step({"teacher_view": same, "student_view": same})
     assert float(logs["embedding_std"]) == pytest.approx(0, abs=1e-6)
-
-
-def image_batches(steps, batch=8, size=16, labels=True):
-    random = np.random.default_rng(0)
-    data = {
-        name: random.normal(size=(steps * batch, size, size, 3)).astype(np.float32)
-        for name in ("teacher_view", "student_view")
-    }
-    if labels:
-        data["label"] = random.integers(0, 3, size=steps * batch)
-    return tf.data.Dataset.from_tensor_slices(data).batch(batch, drop_remainder=True)
 
 
 def mlp_isd(strategy, **settings):

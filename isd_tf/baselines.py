@@ -1,0 +1,152 @@
+"""The methods that the paper compares ISD with: MoCo v2 and BYOL-asym.
+
+Each is a student and a teacher, like ISD, and differs in what the student learns from the teacher;
+their `train_step`s are to be read beside `isd.py`'s. Batches are the same dicts.
+"""
+
+import keras
+import tensorflow as tf
+
+from isd_tf import losses
+from isd_tf.distribution import gather_across_replicas
+from isd_tf.feature_queue import PURITY_NEIGHBORS, FeatureQueue
+from isd_tf.student_teacher import StudentTeacher, embedding_std
+
+
+@keras.saving.register_keras_serializable("isd_tf")
+class MoCoV2(StudentTeacher):
+    """Momentum contrast: tell the teacher's embedding of an image from those of all the others.
+
+    The student is MoCo's query encoder, the teacher its key encoder, and the anchors its queue of
+    negatives. A step reports, besides loss (InfoNCE, nats), embedding_std, purity and learning_rate
+    as `ISD` does:
+
+        contrast_accuracy   share of the images whose own teacher embedding is nearer than every
+                            anchor; MoCo's training accuracy
+
+    Args:
+        encoder, projector, shuffle_batch_norm, seed: as in `StudentTeacher`.
+        predictor: None in MoCo v2.
+        queue_size: anchors K; at least the global batch. MoCo's is 65 536.
+        temperature: divides the similarities; MoCo v2's is 0.2.
+        teacher_momentum: as in `StudentTeacher`; MoCo's is 0.999.
+
+    Raises:
+        ValueError: for a temperature that is not positive, or a momentum outside [0, 1].
+
+    Source: He et al., CVPR 2020; Chen et al., arXiv:2003.04297.
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        projector: keras.Model | None,
+        predictor: keras.Model | None = None,
+        queue_size: int = 65_536,
+        temperature: float = 0.2,
+        teacher_momentum: float = 0.999,
+        shuffle_batch_norm: bool = True,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(
+            encoder, projector, predictor, teacher_momentum, shuffle_batch_norm, seed, **kwargs
+        )
+        if not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be greater than 0, and finite. Received: {temperature}."
+            )
+        self.temperature = temperature
+        self.queue = FeatureQueue(queue_size, self.embedding_dim, seed, name="queue")
+
+    def train_step(self, batch):
+        labels = batch.get("label")  # [b], never part of the loss
+        learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
+
+        # Forward pass. The teacher's embedding is the positive and carries no gradient.
+        teacher_embeddings = self.embed_teacher(batch["teacher_view"])  # [b, D] unit rows
+        anchors = self.queue.read_anchors()  # [K, D] earlier batches only
+        with tf.GradientTape() as tape:
+            student_embeddings = self.embed_student(batch["student_view"])  # [b, D] unit rows
+            contrast = losses.info_nce(
+                student_embeddings, teacher_embeddings, anchors, self.temperature
+            )  # [b] nats
+            loss = tf.reduce_mean(contrast)
+        self.update_student(tape, loss)
+        self.update_teacher()
+
+        positive = tf.reduce_sum(student_embeddings * teacher_embeddings, axis=1)  # [b]
+        hardest = tf.reduce_max(tf.matmul(student_embeddings, anchors, transpose_b=True), axis=1)
+        monitored = {
+            "loss": loss,
+            "contrast_accuracy": tf.reduce_mean(tf.cast(positive > hardest, tf.float32)),
+        }
+        if labels is not None:
+            similarities = tf.matmul(teacher_embeddings, anchors, transpose_b=True)  # [b, K]
+            nearest = tf.math.top_k(similarities, PURITY_NEIGHBORS).indices  # [b, 5]
+            monitored["purity"] = self.queue.purity(nearest, labels)
+
+        # Last, so that a batch is never among its own negatives.
+        embeddings = gather_across_replicas(teacher_embeddings)  # [B, D]
+        self.queue.enqueue(embeddings, None if labels is None else gather_across_replicas(labels))
+
+        monitored["embedding_std"] = embedding_std(embeddings)
+        monitored["learning_rate"] = learning_rate
+        return monitored
+
+    def get_config(self):
+        mine = {"queue_size": self.queue.size, "temperature": self.temperature}
+        return {**super().get_config(), **mine}
+
+
+@keras.saving.register_keras_serializable("isd_tf")
+class BYOL(StudentTeacher):
+    """BYOL-asym: predict the teacher's embedding of another view of the same image.
+
+    One direction only, as the paper compares with: the student is BYOL's online network, the
+    teacher its target. There are no anchors. A step reports loss (squared distance of unit vectors,
+    0 to 4), embedding_std and learning_rate as `ISD` does.
+
+    Args:
+        encoder, projector, predictor, shuffle_batch_norm, seed: as in `StudentTeacher`. Without a
+            predictor BYOL collapses.
+        teacher_momentum: as in `StudentTeacher`; the paper's BYOL-asym has 0.99.
+
+    Raises:
+        ValueError: for a momentum outside [0, 1].
+
+    Source: Grill et al., NeurIPS 2020; UMBCvision/ISD train_byol.py.
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        projector: keras.Model | None,
+        predictor: keras.Model | None,
+        teacher_momentum: float = 0.99,
+        shuffle_batch_norm: bool = True,
+        seed: int = 0,
+        **kwargs,
+    ):
+        super().__init__(
+            encoder, projector, predictor, teacher_momentum, shuffle_batch_norm, seed, **kwargs
+        )
+
+    def train_step(self, batch):
+        learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
+
+        # Forward pass. The teacher's embedding is the target and carries no gradient.
+        teacher_embeddings = self.embed_teacher(batch["teacher_view"])  # [b, D] unit rows
+        with tf.GradientTape() as tape:
+            student_embeddings = self.embed_student(batch["student_view"])  # [b, D] unit rows
+            distance = losses.squared_distance(student_embeddings, teacher_embeddings)  # [b]
+            loss = tf.reduce_mean(distance)
+        self.update_student(tape, loss)
+        self.update_teacher()
+
+        embeddings = gather_across_replicas(teacher_embeddings)  # [B, D]
+        return {
+            "loss": loss,
+            "embedding_std": embedding_std(embeddings),
+            "learning_rate": learning_rate,
+        }
