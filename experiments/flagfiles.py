@@ -77,6 +77,10 @@ def require_same(path: pathlib.Path, recipe: list[flags.Flag]) -> None:
         written[re.match(r"--([^=]*)", line).group(1)] = line
     differ = []
     for flag in recipe:
+        if flag.name not in written and f"no{flag.name}" not in written:
+            # Unset, or newer than the workdir.
+            if flag.value == flag.default:
+                continue
         was = written.get(flag.name, written.get(f"no{flag.name}", f"--{flag.name} unset"))
         now = flag.serialize() if flag.value is not None else f"--{flag.name} unset"
         if was != now:

@@ -25,6 +25,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
@@ -33,13 +34,12 @@ from absl import app, flags, logging  # noqa: E402
 
 import isd_tf  # noqa: E402
 from isd_tf import checkpoints as checkpointing  # noqa: E402
-from isd_tf import cluster, distribution, encoders, monitoring  # noqa: E402
+from isd_tf import cluster, distribution, encoders, monitoring, subsets  # noqa: E402
 from isd_tf.decoding import Unreadable, explaining  # noqa: E402
-from isd_tf.evaluation import knn  # noqa: E402
+from isd_tf.evaluation import features, knn  # noqa: E402
 
 FLAGS = flags.FLAGS
 STAGES = ("pretrain", "evaluate", "export")
-EVALUATION_BATCH = 256
 
 # Data
 flags.DEFINE_string("dataset", None, "photo_patches, folder, list, or a TFDS name.")
@@ -59,6 +59,14 @@ flags.DEFINE_string(
     "exact order of the images up, and tolerates no unreadable one.",
 )
 flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
+flags.DEFINE_string(
+    "unbalanced",
+    None,
+    "LARGE,RARE,IMAGES: pretrain on all images of as many large classes and on few of each rare "
+    "one, such as 8,30,100; or a list of the paper's study, such as D1.txt. The bank and the test "
+    "images are all those of these classes.",
+)
+flags.DEFINE_integer("unbalanced_seed", 0, "Draw of the classes of --unbalanced and their images.")
 
 # Views
 flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, strong/strong, ...")
@@ -173,6 +181,7 @@ RANGES = {  # Of those that no class of the package checks.
     "batch_size": (1, LARGE),
     "queue_size": (1, LARGE),
     "seed": (0, 2**31),
+    "unbalanced_seed": (0, 2**31),
     "drop_factor": (0, 1),
     "max_unreadable": (0, 1),
     "logical_cpus": (1, 1024),
@@ -195,7 +204,8 @@ def main(argv):
     check_flags(argv)
     strategy = choose_devices()
     with cluster.noticing_lost_peers(strategy):
-        train, test = load_data(strategy)
+        data = load_data(strategy)
+        train = data.train if data else None
         model = build_model(strategy, steps_per_epoch(train))
 
         with workdirs.locked(FLAGS.workdir, strategy) as workdir:
@@ -212,7 +222,7 @@ def main(argv):
                 say(f"Continuing {workdir} after step {first_step}.")
 
             try:
-                run_stages(model, checkpoints, first_step, train, test, workdir)
+                run_stages(model, checkpoints, first_step, data, workdir)
             except KeyboardInterrupt:
                 step = checkpoints.newest_step
                 say(
@@ -224,11 +234,16 @@ def main(argv):
             cluster.linger(strategy)
 
 
-def run_stages(model, checkpoints, first_step, train, test, workdir):
-    unreadable = [Unreadable(len(data), FLAGS.max_unreadable) for data in (train, test) if data]
-    with explaining(*unreadable):
+def run_stages(model, checkpoints, first_step, data, workdir):
+    counters = []
+
+    def counter(dataset):
+        counters.append(Unreadable(len(dataset), FLAGS.max_unreadable))
+        return counters[-1]
+
+    with explaining(counters):
         if "pretrain" in FLAGS.stages:
-            pretrain(model, checkpoints, first_step, train, test, unreadable, workdir)
+            pretrain(model, checkpoints, first_step, data, counter, workdir)
         elif not first_step:
             raise ValueError(
                 f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
@@ -237,12 +252,13 @@ def run_stages(model, checkpoints, first_step, train, test, workdir):
             if not cluster.is_chief(checkpoints.strategy):
                 return  # Once the chief has done the rest.
             if "evaluate" in FLAGS.stages:
-                evaluate(model, train, test, unreadable, workdir)
+                run = evaluations.Run(model, data, views(), workdir, checkpoints.step, counter)
+                evaluations.evaluate(run)
             if "export" in FLAGS.stages:
                 encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
                 path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
                 say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-            say(f"Results: {workdirs.record(workdir, {'step': checkpoints.step})}")
+            say(f"Results: {workdirs.record(workdir, {}, checkpoints.step)}")
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -295,6 +311,20 @@ def check_flags(argv):
             )
     isd_tf.input_pipeline.check_views(views())
     batch_norm()
+    evaluations.check_flags()
+
+
+def own_flags():
+    """The flags of this program, which its modules define."""
+    return [
+        f for name in (__name__, evaluations.__name__) for f in FLAGS.get_flags_for_module(name)
+    ]
+
+
+def recipe():
+    """Those that must be the same in all calls in one workdir."""
+    asking = {flag.name for flag in FLAGS.get_flags_for_module(evaluations.__name__)}
+    return [flag for flag in own_flags() if flag.name not in asking.union(NOT_RECIPE)]
 
 
 def views():
@@ -335,8 +365,7 @@ def choose_devices():
     checkpointing.exit_when_told()
     with cluster.noticing_lost_peers(strategy):
         # First of all: different flags would part the workers' ways.
-        mine = FLAGS.get_flags_for_module(__name__)
-        settings = {f"--{f.name}": str(f.value) for f in mine if f.name not in MACHINES_OWN}
+        settings = {f"--{f.name}": str(f.value) for f in own_flags() if f.name not in MACHINES_OWN}
         cluster.require_same(strategy, settings)
     workers, replicas = cluster.number_of_workers(strategy), strategy.num_replicas_in_sync
     _, groups = batch_norm()
@@ -373,7 +402,7 @@ def choose_devices():
 
 def load_data(strategy):
     if FLAGS.stages == ["export"]:
-        return None, None
+        return None
     # The chief first: what TFDS prepares on a shared disk, it prepares once.
     for turn in (True, False):
         with cluster.failing_together(strategy):
@@ -385,10 +414,13 @@ def load_data(strategy):
                     FLAGS.data_dir,
                     FLAGS.image_list,
                 )
+                data = unbalanced(train, test) or evaluations.Data(train, train, test)
+    train = data.train
     cluster.require_same(strategy, {"images": json.dumps(fingerprint(train))})
     labelled = isd_tf.datasets.is_labelled(train)
     classes = f"{len(train.class_names)} classes" if labelled else "no labels"
     say(f"{train.name}: {len(train)} images, {classes}.")
+    evaluations.check_data(data)
     if FLAGS.batch_size > len(train):
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
@@ -408,7 +440,23 @@ def load_data(strategy):
             FLAGS.queue_size,
             len(train),
         )
-    return train, test
+    return data
+
+
+def unbalanced(train, test):
+    if not FLAGS.unbalanced:
+        return None
+    numbers = FLAGS.unbalanced.split(",")
+    if all(number.strip().isdigit() for number in numbers) and len(numbers) == 3:
+        draw = subsets.unbalance(train, test, *map(int, numbers), FLAGS.unbalanced_seed)
+    elif len(numbers) == 1:
+        draw = subsets.unbalance_by_list(train, test, FLAGS.unbalanced)
+    else:
+        raise ValueError(
+            "--unbalanced must be LARGE,RARE,IMAGES, such as 8,30,100, or a list's path. Received: "
+            f"{FLAGS.unbalanced}."
+        )
+    return evaluations.Data(*draw)
 
 
 def fingerprint(train):
@@ -420,15 +468,13 @@ def begin_or_continue(workdir, checkpoints, train):
     with cluster.failing_together(checkpoints.strategy):
         if not cluster.is_chief(checkpoints.strategy):
             return
-        mine = FLAGS.get_flags_for_module(__name__)
         data = workdir / "dataset.json"
         now = fingerprint(train)
         if not checkpoints.exist:
-            flagfiles.write(workdir / "run.flags", mine)
+            flagfiles.write(workdir / "run.flags", own_flags())
             data.write_text(json.dumps(now) + "\n")
         else:
-            recipe = [flag for flag in mine if flag.name not in NOT_RECIPE]
-            flagfiles.require_same(workdir / "run.flags", recipe)
+            flagfiles.require_same(workdir / "run.flags", recipe())
             before = json.loads(data.read_text()) if data.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
@@ -472,7 +518,8 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
+def pretrain(model, checkpoints, first_step, data, counter, workdir):
+    train, unreadable = data.train, counter(data.train)
     if first_step >= FLAGS.epochs * steps_per_epoch(train):
         say("The pretraining is complete.")
         return
@@ -491,7 +538,7 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
                 FLAGS.batch_size,
                 FLAGS.seed,
                 step,
-                unreadable[0],
+                unreadable,
                 context,
                 service,
             )
@@ -501,11 +548,12 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
 
     def record_epoch(epoch, logs):
         # Accuracies are the evaluation's to tell.
-        means = {name: float(value) for name, value in logs.items() if not name.endswith("nn")}
+        scored = ("nn", "nn_rare")
+        means = {name: float(value) for name, value in logs.items() if not name.endswith(scored)}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
-        means["unreadable_images"] = len(unreadable[0].names)  # That the chief has met.
+        means["unreadable_images"] = len(unreadable.names)  # That the chief has met.
         try:
-            workdirs.record(workdir, means | {"step": checkpoints.step})
+            workdirs.record(workdir, means, checkpoints.step)
         except OSError as error:
             if FLAGS.if_checkpoint_fails == "stop":
                 raise
@@ -515,7 +563,7 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
     watching = [
         monitoring.EpochMeans(),
         monitoring.Throughput(FLAGS.batch_size),
-        *knn_callback(train, test, unreadable, stop),
+        *knn_callback(data, counter, stop),
         monitoring.Progress(FLAGS.epochs),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
         keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
@@ -538,54 +586,15 @@ def pretrain(model, checkpoints, first_step, train, test, unreadable, workdir):
     )
 
 
-def knn_callback(train, test, unreadable, stop):
-    if not FLAGS.knn_every_epochs or reason_not_to_score(train, test):
+def knn_callback(data, counter, stop):
+    if not FLAGS.knn_every_epochs or evaluations.reason_not_to_score(data, 20):
         return []
-    bank, queries = evaluation_data(train, test, unreadable)
-    return [knn.EvaluateKNN(bank, queries, FLAGS.knn_every_epochs, lambda: stop.told)]
-
-
-def evaluate(model, train, test, unreadable, workdir):
-    reason = reason_not_to_score(train, test)
-    if reason:
-        if FLAGS.stages == ["evaluate"]:
-            raise ValueError(f"The evaluation needs labelled images: {reason}")
-        say(f"Not evaluated: {reason}")
-        return
-    keras.utils.set_random_seed(FLAGS.seed)  # As when the student was built.
-    contestants = {
-        "raw_pixels": knn.raw_pixels,
-        "untrained": isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width),
-        "student": model.student_encoder,
-        "teacher": model.teacher_encoder,
-    }
-    scores = isd_tf.knn_accuracy(contestants, *evaluation_data(train, test, unreadable))
-    say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(train)}:")
-    say(f"{'':20}{'1-NN':>8}{'20-NN':>8}")
-    for name in contestants:
-        one, twenty = scores[f"{name}_1nn"], scores[f"{name}_20nn"]
-        say(f"{name.replace('_', ' '):20}{one:>8.1%}{twenty:>8.1%}")
-    say("")
-    workdirs.record(workdir, scores)
-
-
-def reason_not_to_score(train, test):
-    """Why kNN cannot be scored on these data, or None."""
-    for split in (train, test):
-        if split and not isd_tf.datasets.is_labelled(split):
-            return f"{split.name} has no labels."
-    if test is None:
-        return f"{train.name} has no test split. Name one by --test_split."
-    if len(train) < 20:
-        return f"20-NN needs at least 20 images, and {train.name} has {len(train)}."
-    return None
-
-
-def evaluation_data(train, test, unreadable):
-    return [
-        isd_tf.evaluation_batches(split, FLAGS.image_size, EVALUATION_BATCH, counter)
-        for split, counter in zip((train, test), unreadable, strict=True)
-    ]
+    bank, queries = (
+        isd_tf.evaluation_batches(split, FLAGS.image_size, features.BATCH, counter(split))
+        for split in (data.bank, data.test)
+    )
+    every = FLAGS.knn_every_epochs
+    return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]
 
 
 def say(text):

@@ -9,6 +9,7 @@ import platform
 import random
 from collections.abc import Iterator
 
+import flagfiles
 import tensorflow as tf
 
 from isd_tf import cluster
@@ -67,12 +68,53 @@ def _require_shared(workdir, strategy):
             )
 
 
-def record(workdir: pathlib.Path, results: dict[str, float]) -> pathlib.Path:
-    """Adds figures to results.json, and returns its path."""
+def record(workdir: pathlib.Path, results: dict[str, float], step: int) -> pathlib.Path:
+    """Adds figures of a step to results.json, and returns its path.
+
+    The file is about one step: with the first figures of another one it begins anew.
+    """
     path = workdir / "results.json"
-    if path.exists():
-        results = json.loads(path.read_text()) | results
-    unfinished = workdir / "results.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    os.replace(unfinished, path)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("step") == step:
+        results = before | results
+    write_json(path, results | {"step": step})
     return path
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Writes a JSON file beside its place and renames it: whoever reads it finds it whole."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Reads a run's 1-NN accuracies over its epochs from the log that TensorBoard reads.
+
+    Returns:
+        For "student" and "teacher": epochs, counted from 1, and accuracies in [0, 1].
+
+    Raises:
+        FileNotFoundError: when the workdir is none, or has no log of accuracies.
+    """
+    if not (workdir / "run.flags").exists():
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no run.flags.")
+    lines = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
+    batch_size = next(int(x.split("=")[1]) for x in lines if x.startswith("--batch_size="))
+    images = json.loads((workdir / "dataset.json").read_text())["images"]
+    curves = {"student": {}, "teacher": {}}
+    # A continued run has several files, and the later ones know better.
+    for path in sorted((workdir / "logs").glob("events.*"), key=os.path.getmtime):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                for encoder, points in curves.items():
+                    if value.tag == f"epoch/{encoder}_1nn":
+                        epoch = event.step / (images // batch_size)
+                        points[epoch] = float(tf.make_ndarray(value.tensor))
+    if not all(curves.values()):
+        raise FileNotFoundError(
+            f"{workdir} has no accuracies over the epochs. Train with --knn_every_epochs, on "
+            "labelled images that have a test split."
+        )
+    return {name: tuple(zip(*sorted(curve.items()), strict=True)) for name, curve in curves.items()}

@@ -112,6 +112,11 @@ def normalize(images: tf.Tensor) -> tf.Tensor:
     return (images - tf.constant(CHANNEL_MEAN)) / tf.constant(CHANNEL_STD)
 
 
+def denormalize(views: np.ndarray) -> np.ndarray:
+    """Undoes `normalize`, for people to look at: values in [0, 1]."""
+    return np.clip(np.asarray(views) * CHANNEL_STD + CHANNEL_MEAN, 0, 1)
+
+
 # ------------------------------------------------------------------------------------- crop
 
 

@@ -271,12 +271,8 @@ def _scan_folder(folder, labelled, class_names=None):
 def _load_list(image_list, data_dir):
     if not image_list:
         raise ValueError("--dataset=list needs a file. Pass --image_list=PATH.")
-    if not os.path.isfile(image_list):
-        raise FileNotFoundError(f"The list does not exist. Received: --image_list={image_list}.")
+    entries, class_names = read_list(image_list)
     root = data_dir or os.path.dirname(os.path.abspath(image_list))
-    with open(image_list, encoding="utf-8") as file:
-        lines = [line.rstrip("\r\n") for line in file]
-    entries, class_names = _parse_list(lines, image_list)
     paths = [os.path.join(root, path) for path, _ in entries]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -291,12 +287,20 @@ def _load_list(image_list, data_dir):
     return FileDataset(image_list, tuple(paths), labels, class_names)
 
 
-def _parse_list(lines, image_list):
-    """Reads (path, class name or None) a line, and the class names in order.
+def read_list(image_list: str) -> tuple[list[tuple[str, str | None]], tuple[str, ...]]:
+    """Reads (path, class name or None) a line of a list, and the class names in order.
 
     Two forms: a path a line, optionally a tab and a class name behind it; and the lists of ISD's
     unbalanced study ("class names : ", the names, "Train Images: ", then "/train/<class>/<file>").
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a list of neither form, or without images.
     """
+    if not os.path.isfile(image_list):
+        raise FileNotFoundError(f"The list of images does not exist. Received: {image_list}.")
+    with open(image_list, encoding="utf-8") as file:
+        lines = [line.rstrip("\r\n") for line in file]
     heads = [line.strip().lower().replace(" ", "").rstrip(":") for line in lines]
     if "trainimages" in heads:
         begin, end = (

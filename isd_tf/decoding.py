@@ -57,8 +57,12 @@ class Unreadable:
 
 
 @contextlib.contextmanager
-def explaining(*counters: Unreadable) -> Iterator[None]:
-    """Turns TensorFlow's error, where too many unreadable images caused it, into `check`'s."""
+def explaining(counters: list[Unreadable]) -> Iterator[None]:
+    """Turns TensorFlow's error, where too many unreadable images caused it, into `check`'s.
+
+    Args:
+        counters: of all that is read inside; more may be added there.
+    """
     try:
         yield
     except tf.errors.OpError as error:

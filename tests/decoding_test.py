@@ -103,7 +103,7 @@ def test_when_none_can_be_read_the_image_is_empty():
 
 def test_a_dataset_without_a_readable_image_ends_the_pipeline():
     unreadable = decoding.Unreadable(2, 1.0)
-    with pytest.raises(ValueError, match="2 of 2"), decoding.explaining(unreadable):
+    with pytest.raises(ValueError, match="2 of 2"), decoding.explaining([unreadable]):
         decode([b"", b"x"], unreadable)
 
 

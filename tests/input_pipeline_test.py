@@ -248,3 +248,33 @@ def test_evaluation_leaves_unreadable_files_out(files):
     labels = np.concatenate([labels for _, labels in batches.as_numpy_iterator()])
     assert list(labels) == [i for i in range(N) if i != 3]
     assert unreadable.names == {files.paths[3]}
+
+
+def test_a_probes_epoch_sees_every_image_once_its_remainder_too(dataset):
+    def epoch(number, seed=0):
+        batches = input_pipeline.probe_batches(dataset, SIZE, 8, seed, number)
+        return list(batches.as_numpy_iterator())
+
+    first = epoch(0)
+    assert [len(labels) for _, labels in first] == [8, 8, 7]
+    assert all(views.shape[1:] == (SIZE, SIZE, 3) for views, _ in first)
+    labels = [np.concatenate([labels for _, labels in epoch(i)]) for i in (0, 1, 0)]
+    np.testing.assert_array_equal(np.sort(labels[0]), range(N))
+    np.testing.assert_array_equal(np.sort(labels[1]), range(N))
+    np.testing.assert_array_equal(labels[0], labels[2])
+    assert (labels[0] != labels[1]).any()
+    assert (labels[0] != np.concatenate([labels for _, labels in epoch(0, seed=1)])).any()
+
+
+def test_a_probes_views_are_crops_of_8_percent_on_and_flips():
+    """A batch is no more than the dataset; seeds are those of (seed, place in all epochs)."""
+    views, labels = next(iter(input_pipeline.probe_batches(ARRAYS, SIZE, 999, 5, 2)))
+    assert len(labels) == N
+    seeds = tf.stack(
+        [tf.fill([N], tf.constant(5, tf.int64)), 2 * N + tf.range(N, dtype=tf.int64)], 1
+    )
+    images = tf.constant(IMAGES[labels])
+    boxes = augment.crop_boxes(seeds, 16, 20, area=(0.08, 1.0))
+    expected = augment.random_horizontal_flip(augment.resize_boxes(images, boxes, SIZE), seeds)
+    np.testing.assert_allclose(views, augment.normalize(expected), atol=1e-5)
+    assert np.prod(boxes[:, 2:], axis=1).min() < 0.2 * 16 * 20

@@ -4,12 +4,12 @@ import pytest
 import tensorflow as tf
 
 import isd_tf
-from isd_tf.evaluation import knn
+from isd_tf.evaluation import features, knn
 
 
-def batches(features, labels, size):
+def batches(values, labels, size):
     """Batches of 'images' that are features already."""
-    return tf.data.Dataset.from_tensor_slices((features.astype(np.float32), labels)).batch(size)
+    return tf.data.Dataset.from_tensor_slices((values.astype(np.float32), labels)).batch(size)
 
 
 def brute_force(bank, bank_labels, queries, k):
@@ -84,14 +84,14 @@ def test_memory_is_that_of_the_queries_and_a_chunk():
         most[0] = max(most[0], len(alive))
         return array
 
-    original = knn._joined
+    original = features._joined
 
     def joined(batches):
         return {name: track(values) for name, values in original(batches).items()}
 
     bank = np.random.default_rng(0).normal(size=(4000, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn, "_joined", joined)
+        patch.setattr(features, "_joined", joined)
         patch.setattr(knn, "BANK_CHUNK", 100)
         data = batches(bank, np.arange(4000), 100)
         knn.knn_accuracy({"x": tf.identity}, data, data.take(1))
@@ -115,6 +115,27 @@ def test_callback_scores_student_and_teacher_every_few_epochs():
     history = model.fit(views, epochs=4, verbose=0, callbacks=[knn.EvaluateKNN(data, data, 2)])
     assert history.history["student_1nn"] == [1.0, 1.0]
     assert len(history.history["teacher_20nn"]) == 2 and len(history.history["loss"]) == 4
+
+
+def test_rare_classes_are_also_scored_on_their_own():
+    """Queries of class 0 find themselves, those of classes 1 and 2 each other's."""
+    bank, labels = np.eye(3), np.array([0, 1, 2])
+    queries, query_labels = np.eye(3)[[0, 0, 2, 1, 1]], np.array([0, 0, 1, 2, 1])
+    scores = knn.knn_accuracy(
+        {"x": tf.identity},
+        batches(bank, labels, 2),
+        batches(queries, query_labels, 2),
+        (1,),
+        {1, 2},
+    )
+    assert scores == {"x_1nn": pytest.approx(3 / 5), "x_1nn_rare": pytest.approx(1 / 3)}
+
+
+def test_a_query_whose_class_the_bank_lacks_is_refused():
+    bank = batches(np.ones((30, 2)), np.zeros(30, int), 8)
+    queries = batches(np.ones((3, 2)), [0, 7, 9], 2)
+    with pytest.raises(ValueError, match="examples in the bank.*none of 2 classes, the label 7"):
+        knn.knn_accuracy({"x": tf.identity}, bank, queries)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import flags
 
 import isd_tf
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import flagfiles  # noqa: E402
 import run  # noqa: E402
+from in_process import call, set_flags  # noqa: E402
 from small_runs import (  # noqa: E402
     SMALL,
     STEPS,
@@ -35,18 +35,6 @@ from small_runs import (  # noqa: E402
 )
 
 FLAG_FILES = sorted(path.name for path in (ROOT / "experiments").glob("*.flags"))
-
-
-def set_flags(*arguments):
-    for name in list(flags.FLAGS):
-        run.FLAGS[name].unparse()
-    run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
-
-
-def call(*arguments):
-    """Runs main() in this process with the given flags only."""
-    set_flags(*arguments)
-    run.main(["run.py"])
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +205,12 @@ def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp
 @pytest.mark.parametrize("flag_file", FLAG_FILES)
 def test_every_flag_file_runs(flag_file, photos, tmp_path):
     """Its own recipe, at the size of a test: networks, data and length are replaced."""
+    unbalanced = "unbalanced" in flag_file
     call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
+         *(["--unbalanced=1,1,8"] if unbalanced else []), "--stages=pretrain",
          "--epochs=1", "--knn_every_epochs=0", f"--workdir={tmp_path}")  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
-    assert np.isfinite(results["loss"]) and results["step"] == 6
+    assert np.isfinite(results["loss"]) and results["step"] == (5 if unbalanced else 6)
 
 
 def test_recipes_are_the_papers():

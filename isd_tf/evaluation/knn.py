@@ -5,20 +5,28 @@ neighbours so far. Memory is that of the queries' features and one chunk, so tha
 million features of 2048 numbers needs no more than a small one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from isd_tf.evaluation.features import (
+    Encoder,
+    in_chunks,
+    require_classes,
+    require_labels,
+    unit_rows,
+)
+
 # Queries compared at a time, and bank features gathered before they are compared: a block of
 # similarities takes 64 MB.
 QUERY_BLOCK = 4096
 BANK_CHUNK = 4096
+# Columns of that block whose largest similarity decides whether they are searched.
+GROUP = 32
 # Larger views are reduced to this side before their raw pixels are compared.
 RAW_PIXEL_SIZE = 32
-
-Encoder = Callable[[tf.Tensor], tf.Tensor]
 
 
 def knn_accuracy(
@@ -26,6 +34,7 @@ def knn_accuracy(
     bank: Iterable,
     queries: Iterable,
     neighbors: tuple[int, ...] = (1, 20),
+    rare_labels: Collection[int] = (),
 ) -> dict[str, float]:
     """Share of the queries whose nearest neighbours in the bank vote for their label.
 
@@ -38,34 +47,36 @@ def knn_accuracy(
         bank: batches of (images [b, S, S, 3], labels [b]).
         queries: the same.
         neighbors: values of k.
+        rare_labels: labels whose queries are also scored on their own.
 
     Returns:
-        Accuracy in [0, 1] by flat name: "student_1nn", "student_20nn", ...
+        Accuracy in [0, 1] by flat name: "student_1nn", "student_20nn", ..., and with rare_labels
+        "student_1nn_rare", ...
 
     Raises:
         ValueError: when there are no queries, labels are unknown, the bank has fewer examples than
-            the largest k, or features are not finite.
+            the largest k or none of a query's class, or features are not finite.
 
     Source: protocol of UMBCvision/ISD eval_knn.py.
     """
-    embed = _normalised_features(encoders)
-    query_chunks = list(_chunks(embed, queries))
+    query_chunks = list(in_chunks(encoders, queries, BANK_CHUNK))
     if not query_chunks:
         raise ValueError("There are no queries to score. Received an empty test dataset.")
     labels = np.concatenate([chunk_labels for _, chunk_labels in query_chunks])
-    _require_labels(labels, "queries")
+    require_labels(labels, "queries")
     searches = {
         name: _NearestNeighbors(
-            np.concatenate([features[name] for features, _ in query_chunks]), max(neighbors)
+            unit_rows(np.concatenate([features[name] for features, _ in query_chunks])),
+            max(neighbors),
         )
         for name in encoders
     }
     del query_chunks
     bank_labels = []
-    for chunk_features, chunk_labels in _chunks(embed, bank):
-        _require_labels(chunk_labels, "bank")
+    for chunk_features, chunk_labels in in_chunks(encoders, bank, BANK_CHUNK):
+        require_labels(chunk_labels, "bank")
         for name, search in searches.items():
-            search.add(chunk_features[name])
+            search.add(unit_rows(chunk_features[name]))
         bank_labels.append(chunk_labels)
     bank_labels = np.concatenate(bank_labels) if bank_labels else np.zeros(0, np.int64)
     if len(bank_labels) < max(neighbors):
@@ -73,12 +84,16 @@ def knn_accuracy(
             f"The bank must have at least {max(neighbors)} examples for {max(neighbors)}-NN. "
             f"Received: {len(bank_labels)}."
         )
+    require_classes(labels, bank_labels, "bank")
+    is_rare = np.isin(labels, list(rare_labels))
     scores = {}
     for name, search in searches.items():
         neighbor_labels = bank_labels[search.rows]  # [Q, k], nearest first
         for k in neighbors:
-            votes = majority(neighbor_labels[:, :k])
-            scores[f"{name}_{k}nn"] = float(np.mean(votes == labels))
+            right = majority(neighbor_labels[:, :k]) == labels
+            scores[f"{name}_{k}nn"] = float(np.mean(right))
+            if is_rare.any():
+                scores[f"{name}_{k}nn_rare"] = float(np.mean(right[is_rare]))
     return scores
 
 
@@ -105,6 +120,7 @@ class EvaluateKNN(keras.callbacks.Callback):
     Args:
         bank, queries: as in `knn_accuracy`.
         every_epochs: how often.
+        rare_labels: as in `knn_accuracy`.
         hurried: asked again and again; once it says True, this epoch is left unscored. Of several
             workers only the chief scores and is asked: the others wait, and hear nothing.
     """
@@ -114,12 +130,14 @@ class EvaluateKNN(keras.callbacks.Callback):
         bank: Iterable,
         queries: Iterable,
         every_epochs: int,
+        rare_labels: Collection[int] = (),
         hurried: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
         self.bank = bank
         self.queries = queries
         self.every_epochs = every_epochs
+        self.rare_labels = rare_labels
         self.hurried = hurried
 
     def on_epoch_end(self, epoch, logs=None):
@@ -127,7 +145,8 @@ class EvaluateKNN(keras.callbacks.Callback):
             return
         encoders = {"student": self.model.student_encoder, "teacher": self.model.teacher_encoder}
         try:
-            scores = knn_accuracy(encoders, *map(self._unless_hurried, (self.bank, self.queries)))
+            data = map(self._unless_hurried, (self.bank, self.queries))
+            scores = knn_accuracy(encoders, *data, rare_labels=self.rare_labels)
         except _HurriedError:
             print(f"Epoch {epoch + 1} is not scored: there is no time left.", flush=True)
             return
@@ -177,59 +196,29 @@ class _NearestNeighbors:
 
 @tf.function(reduce_retracing=True)
 def _merge(queries, best_similarities, best_rows, features, rows):
+    """The k best of those so far and of a chunk's.
+
+    top_k takes long over all columns, so that only k groups of consecutive columns are searched,
+    those with the largest maxima: each has a similarity that goes before any of another group.
+    """
+    k = tf.shape(best_rows)[1]
     similarities = tf.matmul(queries, features, transpose_b=True)  # [Q, c]
-    k = tf.minimum(tf.shape(best_rows)[1], tf.shape(rows)[0])
-    chunk_best = tf.math.top_k(similarities, k)
+    padding = -tf.shape(rows)[0] % GROUP
+    similarities = tf.pad(similarities, [[0, 0], [0, padding]], constant_values=-np.inf)
+    groups = tf.reshape(similarities, [tf.shape(queries)[0], -1, GROUP])
+    maxima = tf.reduce_max(groups, axis=2)
+    # Nor is a group needed without anything better than the k-th best so far: later chunks have few
+    # others.
+    better = tf.math.count_nonzero(maxima > best_similarities[:, -1:], axis=1, dtype=tf.int32)
+    chosen = tf.math.top_k(maxima, tf.minimum(k, tf.reduce_max(better))).indices  # [Q, n]
     # Earlier rows stand first, so that equal similarities keep the bank's order.
-    candidates = tf.concat([best_similarities, chunk_best.values], axis=1)
-    candidate_rows = tf.concat([best_rows, tf.gather(rows, chunk_best.indices)], axis=1)
-    best = tf.math.top_k(candidates, tf.shape(best_rows)[1])
-    return best.values, tf.gather(candidate_rows, best.indices, batch_dims=1)
-
-
-def _normalised_features(encoders):
-    """Compiles all encoders into one function: images to unit features [b, C] by name."""
-
-    @tf.function(reduce_retracing=True)
-    def embed(images):
-        features = {}
-        for name, encoder in encoders.items():
-            is_network = isinstance(encoder, keras.Model)
-            x = encoder(images, training=False) if is_network else encoder(images)
-            features[name] = tf.math.l2_normalize(tf.cast(x, tf.float32), axis=1)
-        return features
-
-    return embed
-
-
-def _chunks(embed, batches):
-    """Yields (features by name [c, C], labels [c]) in chunks of about BANK_CHUNK examples."""
-    features, labels, count = [], [], 0
-    for images, batch_labels in batches:
-        features.append(embed(images))
-        labels.append(np.asarray(batch_labels))
-        count += len(labels[-1])
-        if count >= BANK_CHUNK:
-            yield _joined(features), np.concatenate(labels)
-            features, labels, count = [], [], 0
-    if labels:
-        yield _joined(features), np.concatenate(labels)
-
-
-def _joined(batches):
-    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    for name, values in joined.items():
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"The features of {name} must be finite. Received NaN or infinity: its weights or "
-                "BatchNorm statistics have diverged."
-            )
-    return joined
-
-
-def _require_labels(labels, what):
-    if (labels < 0).any():
-        raise ValueError(
-            f"kNN needs a label for every image of the {what}. Received {(labels < 0).sum()} "
-            f"without, of {len(labels)}."
-        )
+    chosen = tf.sort(chosen, axis=1)
+    candidates = tf.gather(groups, chosen, batch_dims=1)  # [Q, n, GROUP]
+    candidates = tf.reshape(candidates, [tf.shape(queries)[0], tf.shape(chosen)[1] * GROUP])
+    best = tf.math.top_k(tf.concat([best_similarities, candidates], axis=1), k)
+    # The rows so far, then the first one of each group.
+    first_rows = tf.concat([best_rows, tf.gather(rows[::GROUP], chosen)], axis=1)
+    column = best.indices - k  # negative for one of the best so far
+    source = tf.where(column < 0, best.indices, k + column // GROUP)
+    offset = tf.where(column < 0, 0, column % GROUP)
+    return best.values, tf.gather(first_rows, source, batch_dims=1) + tf.cast(offset, tf.int64)

@@ -1,0 +1,501 @@
+"""What the evaluate stage of run.py does: the paper's scores and pictures, a function each.
+
+docs/evaluation.md says which command gives which table or figure, and names every score.
+"""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import workdirs
+from absl import flags
+
+import isd_tf
+from isd_tf import report, subsets
+from isd_tf.datasets import Dataset, RecordDataset, is_labelled
+from isd_tf.decoding import Unreadable
+from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
+from isd_tf.input_pipeline import evaluation_batches, probe_batches
+
+FLAGS = flags.FLAGS
+ENCODERS = ("student", "teacher", "untrained")
+# Of the pictures: rows, and images beside each other.
+QUERIES, NEIGHBORS = 8, 8
+SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
+# Tried where few images are labelled: nothing is published.
+FEW_LABELS_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+FEW_LABELS_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
+
+flags.DEFINE_list(
+    "evaluations",
+    ["knn"],
+    "What the evaluate stage does, of knn, linear, fast_linear, transfer, clusters, neighbors, "
+    "curves.",
+)
+flags.DEFINE_list(
+    "evaluated_encoders",
+    ["student"],
+    f"Which encoders linear, fast_linear, transfer and clusters score, of {', '.join(ENCODERS)}.",
+)
+flags.DEFINE_float(
+    "label_fraction", 1.0, "Share of each class' labels that linear and fast_linear may use."
+)
+flags.DEFINE_string(
+    "label_dataset",
+    None,
+    "TFDS name of the labelled images that linear and fast_linear are trained on instead of the "
+    "training images: imagenet2012_subset/1pct or imagenet2012_subset/10pct.",
+)
+flags.DEFINE_list(
+    "linear_learning_rates",
+    [],
+    "Of linear. Several are tried on held-out training images. Unset: 0.01, or with few labels "
+    f"{', '.join(map(str, FEW_LABELS_RATES))}.",
+)
+flags.DEFINE_list(
+    "linear_weight_decays",
+    [],
+    "Of linear and fast_linear, as the learning rates. Unset: 0.0001, or with few labels "
+    f"{', '.join(map(str, FEW_LABELS_DECAYS))}.",
+)
+flags.DEFINE_integer("linear_epochs", linear.EPOCHS, "Passes of linear.")
+flags.DEFINE_list(
+    "transfer",
+    list(transfer.PAPER_TASKS),
+    "Datasets to transfer to: the paper's nine by these names, TFDS names, folder:PATH.",
+)
+flags.DEFINE_string("transfer_data_dir", None, "TFDS' folder of these; unset: its usual one.")
+flags.DEFINE_integer("clusters", None, "Number of clusters; unset: as many as classes.")
+flags.DEFINE_list(
+    "query_images", [], "Rows of the test images whose neighbors are drawn; unset: 8 random ones."
+)
+flags.DEFINE_list("compare_with", [], "Other workdirs that curves shows in the same picture.")
+
+
+class Data(NamedTuple):
+    """The images of a run."""
+
+    train: Dataset  # pretrained on
+    bank: Dataset  # whose labels are known to the evaluation: the same, unless --unbalanced
+    test: Dataset | None
+    rare_labels: tuple[int, ...] = ()
+
+
+class Run(NamedTuple):
+    """A run at the end of its training, or of what there has been of it."""
+
+    model: isd_tf.StudentTeacher
+    data: Data
+    views: tuple[str, str]
+    workdir: pathlib.Path
+    step: int
+    counter: Callable[[Dataset], Unreadable]  # for a dataset that is about to be read
+
+    def encoder(self, name: str) -> keras.Model:
+        if name == "untrained":
+            keras.utils.set_random_seed(FLAGS.seed)  # As when the student was built.
+            return isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width)
+        return getattr(self.model, f"{name}_encoder")
+
+    def batches(self, dataset: Dataset):
+        counter = self.counter(dataset)
+        return evaluation_batches(dataset, FLAGS.image_size, features.BATCH, counter)
+
+    def features(self, encoder: keras.Model, dataset: Dataset) -> features.Features:
+        return features.extract(
+            encoder, dataset, FLAGS.image_size, self.counter(dataset), self.workdir / "features"
+        )
+
+    def record(self, scores: dict[str, float]) -> None:
+        workdirs.record(self.workdir, scores, self.step)
+
+
+def check_flags():
+    for name, known in (("evaluations", EVALUATIONS), ("evaluated_encoders", ENCODERS)):
+        unknown = [value for value in FLAGS[name].value if value not in known]
+        if unknown or not FLAGS[name].value:
+            raise ValueError(
+                f"--{name} must be some of {', '.join(known)}. Received: "
+                f"--{name}={','.join(FLAGS[name].value)}."
+            )
+    if not 0 < FLAGS.label_fraction <= 1:
+        raise ValueError(
+            "--label_fraction must be greater than 0 and at most 1. "
+            f"Received: {FLAGS.label_fraction}."
+        )
+    if FLAGS.label_dataset and FLAGS.label_fraction < 1:
+        raise ValueError(
+            "Few labels are either a share or a dataset. Received: "
+            f"--label_fraction={FLAGS.label_fraction} and --label_dataset={FLAGS.label_dataset}."
+        )
+    for name in ("linear_learning_rates", "linear_weight_decays"):
+        _numbers(name, float)
+    if any(row < 0 for row in _numbers("query_images", int)):
+        raise ValueError("--query_images must be rows of the test images, counted from 0.")
+    if FLAGS.linear_epochs < 1 or (FLAGS.clusters is not None and FLAGS.clusters < 1):
+        raise ValueError(
+            "--linear_epochs and --clusters must be at least 1. Received: "
+            f"{FLAGS.linear_epochs} and {FLAGS.clusters}."
+        )
+    if "transfer" in FLAGS.evaluations and not FLAGS.transfer:
+        raise ValueError("--evaluations=transfer needs datasets. Received: an empty --transfer.")
+
+
+def _numbers(name, kind):
+    """The numbers of a list flag; a rate or decay must be positive, as L-BFGS needs it."""
+    try:
+        numbers = [kind(value) for value in FLAGS[name].value]
+    except ValueError:
+        numbers = [float("nan")]
+    if kind is float and not all(0 < number < float("inf") for number in numbers):
+        numbers = [float("nan")]
+    if any(number != number for number in numbers):
+        what = "positive numbers" if kind is float else "whole numbers"
+        received = ",".join(FLAGS[name].value)
+        raise ValueError(f"--{name} must be {what}. Received: --{name}={received}.")
+    return numbers
+
+
+def check_data(data: Data) -> None:
+    """Raises ValueError, before the training, where an evaluation would fail on these images."""
+    asked, rows = _asked(data), _numbers("query_images", int)
+    if any(row >= len(asked) for row in rows):
+        raise ValueError(
+            f"--query_images must be rows of the {len(asked)} images of {asked.name}. Received: "
+            f"{','.join(FLAGS.query_images)}."
+        )
+    if (FLAGS.clusters or 0) > len(data.bank):
+        raise ValueError(
+            f"--clusters must be at most the {len(data.bank)} images of {data.bank.name}. "
+            f"Received: {FLAGS.clusters}."
+        )
+    # Reading the labels of a stream takes a pass over all of its records.
+    if FLAGS.label_fraction < 1 and not isinstance(data.bank, RecordDataset):
+        subsets.rows_of_fraction(data.bank, FLAGS.label_fraction, FLAGS.seed)
+
+
+def evaluate(run: Run) -> None:
+    """Does all of --evaluations, and records each one's scores as soon as it has them."""
+    for name in FLAGS.evaluations:
+        reason = _reason_not_to(name, run)
+        if not reason:
+            EVALUATIONS[name](run)
+        elif FLAGS.stages == ["evaluate"]:
+            raise ValueError(f"The evaluation {name} cannot be done: {reason}")
+        else:
+            say(f"Not evaluated: {name}. {reason}")
+
+
+def _reason_not_to(name, run):
+    """Why an evaluation cannot be done after this training, or None."""
+    bank = run.data.bank
+    if name in ("knn", "linear", "fast_linear"):
+        return reason_not_to_score(run.data, 20 if name == "knn" else 1)
+    if name == "clusters" and not (FLAGS.clusters or is_labelled(bank)):
+        return f"{bank.name} has no classes to take their number from. Pass --clusters."
+    if name == "neighbors" and not hasattr(run.model, "queue"):
+        return f"--method={FLAGS.method} has no queue."
+    if name == "neighbors" and run.step * FLAGS.batch_size < FLAGS.queue_size:
+        return f"The queue is not full of images after {run.step} steps."
+    if name == "curves":
+        try:
+            workdirs.read_curves(run.workdir)
+        except FileNotFoundError as error:
+            return str(error)
+    return None
+
+
+def reason_not_to_score(data: Data, images: int) -> str | None:
+    """Why labels of the test images cannot be predicted from `images` others at least, or None."""
+    for split in (data.bank, data.test):
+        if split and not is_labelled(split):
+            return f"{split.name} has no labels."
+    if data.test is None:
+        return f"{data.train.name} has no test split. Name one by --test_split."
+    if len(data.bank) < images:
+        return f"{images}-NN needs at least {images} images. {data.bank.name} has {len(data.bank)}."
+    return None
+
+
+# --------------------------------------------------------------------- the paper's tables 1, 4, 5
+
+
+def evaluate_knn(run: Run) -> None:
+    bank, test, rare = run.data.bank, run.data.test, run.data.rare_labels
+    encoders = {name: run.encoder(name) for name in ("untrained", "student", "teacher")}
+    contestants = {"raw_pixels": knn.raw_pixels, **encoders}
+    batches = run.batches(bank), run.batches(test)
+    scores = isd_tf.knn_accuracy(contestants, *batches, rare_labels=rare)
+    say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(bank)}:")
+    columns = {"1nn": "1-NN", "20nn": "20-NN"}
+    if rare:
+        columns |= {"1nn_rare": "1-NN rare", "20nn_rare": "20-NN rare"}
+    say(" " * 20 + "".join(f"{title:>12}" for title in columns.values()))
+    for name in contestants:
+        values = [scores[f"{name}_{column}"] for column in columns]
+        say(f"{name.replace('_', ' '):20}" + "".join(f"{value:>12.1%}" for value in values))
+    say("")
+    run.record(scores)
+
+
+def evaluate_linear(run: Run) -> None:
+    def train(encoder, features_of, name, dataset, settings):
+        counter = run.counter(dataset)
+
+        def report_epoch(epoch, losses):
+            if epoch % 5 == 4:
+                mean = f"mean cross-entropy {losses.mean():.4f}"
+                say(f"  linear, {name}: epoch {epoch + 1} of {FLAGS.linear_epochs}, {mean}")
+
+        return linear.train(
+            encoder,
+            lambda epoch: probe_batches(
+                dataset, FLAGS.image_size, linear.BATCH, FLAGS.seed, epoch, counter
+            ),
+            features_of(dataset),
+            settings,
+            FLAGS.seed,
+            FLAGS.linear_epochs,
+            report_epoch,
+        )
+
+    rates = _numbers("linear_learning_rates", float) or (
+        FEW_LABELS_RATES if _few_labels() else [linear.LEARNING_RATE]
+    )
+    settings = [linear.Setting(rate, decay) for rate in rates for decay in _weight_decays()]
+    _score_linear(run, "linear", train, settings)
+
+
+def evaluate_fast_linear(run: Run) -> None:
+    def fit(encoder, features_of, name, dataset, settings):
+        fitted = features_of(dataset)
+        # The reference's decay stands beside a mean over the images, L-BFGS' L2 beside their sum.
+        return linear.fit(fitted, [s.weight_decay * len(fitted.labels) for s in settings])
+
+    settings = [linear.Setting(0.0, decay) for decay in _weight_decays()]
+    _score_linear(run, "fast_linear", fit, settings)
+
+
+def _few_labels():
+    return FLAGS.label_fraction < 1 or FLAGS.label_dataset
+
+
+def _weight_decays():
+    usual = FEW_LABELS_DECAYS if _few_labels() else [linear.WEIGHT_DECAY]
+    return _numbers("linear_weight_decays", float) or usual
+
+
+def _score_linear(run, protocol, classifiers_of, settings):
+    labelled, suffix = _labelled_images(run)
+    for name in FLAGS.evaluated_encoders:
+        encoder = run.encoder(name)
+        features_of = functools.partial(run.features, encoder)
+        train = functools.partial(classifiers_of, encoder, features_of, name)
+        choice = linear.choose(settings, labelled, train, features_of, FLAGS.seed)
+        classifiers = train(labelled, [choice.chosen])
+        test = features_of(run.data.test)
+        prefix = f"{name}_{protocol}{suffix}"
+        scores = {
+            f"{prefix}_top{k}": float(linear.top_k_accuracy(classifiers, test, k)[0])
+            for k in (1, 5)
+        }
+        say(
+            f"{protocol.replace('_', ' ')} on {len(labelled)} images of {labelled.name}, {name}: "
+            f"top-1 {scores[f'{prefix}_top1']:.1%}, top-5 {scores[f'{prefix}_top5']:.1%}"
+        )
+        chosen = choice.chosen._asdict()
+        if protocol == "fast_linear":
+            del chosen["learning_rate"]
+        _record_search(
+            run,
+            prefix,
+            {
+                "scores": scores,
+                "chosen": chosen,
+                "tried": [
+                    {key: getattr(setting, key) for key in chosen} | {"held_out_top1": accuracy}
+                    for setting, accuracy in choice.accuracies.items()
+                ],
+                "training_images": len(labelled),
+            },
+        )
+        run.record(scores | {f"{prefix}_{key}": value for key, value in chosen.items()})
+
+
+def _labelled_images(run):
+    """The images whose labels a linear classifier may use, and what they add to a score's name."""
+    bank = run.data.bank
+    if FLAGS.label_dataset:
+        labelled, _ = isd_tf.datasets.load(FLAGS.label_dataset, data_dir=FLAGS.data_dir)
+        if labelled.class_names != bank.class_names:
+            raise ValueError(
+                f"--label_dataset must have the classes of {bank.name}. Received: {labelled.name}, "
+                f"with {len(labelled.class_names)} classes, not the same {len(bank.class_names)}."
+            )
+        return labelled, "_" + FLAGS.label_dataset.replace("/", "_")
+    if FLAGS.label_fraction == 1:
+        return bank, ""
+    rows = subsets.rows_of_fraction(bank, FLAGS.label_fraction, FLAGS.seed)
+    share = f"{100 * FLAGS.label_fraction:g}"
+    return subsets.take(bank, rows, f"{share}% of the labels"), f"_{share}pct"
+
+
+# ------------------------------------------------------------------------------ the paper's table 2
+
+
+def evaluate_transfer(run: Run) -> None:
+    splits, left_out = {}, {}
+    for name in FLAGS.transfer:
+        task = transfer.task_of(name)
+        say(f"Transfer to {name} ({task.source}).")
+        try:
+            splits[name] = transfer.load(task, FLAGS.transfer_data_dir, FLAGS.seed)
+        except (ValueError, OSError) as error:
+            left_out[name] = str(error)
+            say(
+                f"  Left out: {error}\n  (Here --transfer_data_dir names TFDS' folder, and "
+                "folder:PATH among --transfer a folder.)"
+            )
+    for encoder_name in FLAGS.evaluated_encoders:
+        accuracies = [
+            _transfer_to(run, encoder_name, name, parts) for name, parts in splits.items()
+        ]
+        summary = {
+            f"{encoder_name}_transfer_datasets": len(accuracies),
+            f"{encoder_name}_transfer_left_out": len(left_out),
+        }
+        if accuracies:
+            summary[f"{encoder_name}_transfer_mean"] = float(np.mean(accuracies))
+            say(
+                f"  {encoder_name}: mean {np.mean(accuracies):.1%} over {len(accuracies)} of "
+                f"{len(FLAGS.transfer)} datasets"
+                + (f", without {', '.join(left_out)}." if left_out else ".")
+            )
+        run.record(summary)
+    if not splits:
+        raise ValueError(
+            "None of the datasets to transfer to can be had: "
+            + "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        )
+
+
+def _transfer_to(run, encoder_name, name, splits):
+    """The accuracy on one dataset: from its file, if it was found before for the same."""
+    encoder, metric = run.encoder(encoder_name), transfer.task_of(name).metric
+    prefix = f"{encoder_name}_transfer_" + re.sub(r"\W+", "_", name)
+    key = [features.key(encoder, split, FLAGS.image_size) for split in splits]
+    search = _read_search(run, prefix)
+    if search.get("key") != key:
+        features_of = functools.partial(run.features, encoder)
+        score = transfer.evaluate(splits, features_of, metric)
+        search = {
+            "key": key,
+            "scores": {f"{prefix}_{metric}": score.accuracy},
+            "chosen": {"l2": score.l2},
+            "tried": [{"l2": l2, "validation": value} for l2, value in score.validation.items()],
+        }
+        _record_search(run, prefix, search)
+    (accuracy,) = search["scores"].values()
+    run.record(search["scores"] | {f"{prefix}_l2": search["chosen"]["l2"]})
+    say(f"  {encoder_name}, {name}: {accuracy:.1%} ({metric.replace('_', ' ')})")
+    return accuracy
+
+
+def _record_search(run, name, search):
+    """Keeps what was tried beside what came of it."""
+    path = run.workdir / "searches" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    workdirs.write_json(path, search)
+
+
+def _read_search(run, name):
+    path = run.workdir / "searches" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# --------------------------------------------------------------------------- the paper's figures
+
+
+def evaluate_clusters(run: Run) -> None:
+    bank = run.data.bank
+    for name in FLAGS.evaluated_encoders:
+        count = FLAGS.clusters or len(np.unique(subsets.labels_of(bank)))
+        found = clusters.cluster(run.features(run.encoder(name), bank), count, FLAGS.seed)
+        scores = {f"{name}_clusters_{key}": value for key, value in found.scores.items()}
+        values = ", ".join(f"{key} {value:.3f}" for key, value in found.scores.items())
+        say(f"{count} clusters of {len(found.assignments)} images of {bank.name}, {name}: {values}")
+        run.record(scores | {f"{name}_clusters": count})
+        members = clusters.draw_members(
+            found.assignments, SHOWN_CLUSTERS, SHOWN_MEMBERS, FLAGS.seed
+        )
+        path = run.workdir / "figures" / f"clusters_{name}.png"
+        report.draw_clusters(_views_of_rows(run, bank, members), path)
+        say(f"Members of clusters: {path}")
+
+
+def _views_of_rows(run, dataset, rows_of_groups):
+    """The evaluation views at rows of a dataset's readable images, in groups as these."""
+    wanted, views, first = set(np.concatenate(rows_of_groups)), {}, 0
+    for images, _ in run.batches(dataset):
+        for row in wanted & set(range(first, first + len(images))):
+            views[row] = images[row - first].numpy()
+        first += len(images)
+        if len(views) == len(wanted):
+            break
+    return [[views[row] for row in rows] for rows in rows_of_groups]
+
+
+def evaluate_neighbors(run: Run) -> None:
+    asked = _asked(run.data)
+    rows = _numbers("query_images", int)
+    if not rows:
+        rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
+    found = neighbors.find(
+        run.model,
+        FLAGS.temperature if FLAGS.method == "moco_v2" else FLAGS.teacher_temperature,
+        subsets.take(asked, np.unique(rows), "queries"),
+        run.data.train,
+        run.views,
+        FLAGS.image_size,
+        FLAGS.batch_size,
+        FLAGS.seed,
+        NEIGHBORS,
+    )
+    path = run.workdir / "figures" / "neighbors.png"
+    report.draw_neighbors(found, path, asked.class_names)
+    say(f"Neighbours in the queue: {path}")
+
+
+def _asked(data):
+    """The images that `neighbors` takes its queries from."""
+    return data.test or data.bank
+
+
+def evaluate_curves(run: Run) -> None:
+    curves = {
+        str(workdir): workdirs.read_curves(pathlib.Path(workdir))
+        for workdir in (run.workdir, *FLAGS.compare_with)
+    }
+    path = run.workdir / "figures" / "student_teacher.png"
+    report.draw_curves(curves, path)
+    say(f"Student against teacher: {path}")
+
+
+EVALUATIONS = {
+    "knn": evaluate_knn,
+    "linear": evaluate_linear,
+    "fast_linear": evaluate_fast_linear,
+    "transfer": evaluate_transfer,
+    "clusters": evaluate_clusters,
+    "neighbors": evaluate_neighbors,
+    "curves": evaluate_curves,
+}
+
+
+def say(text):
+    print(text, flush=True)

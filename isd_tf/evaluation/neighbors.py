@@ -1,0 +1,117 @@
+"""What a teacher sees in its queue: for some images, the anchors nearest to them.
+
+The queue holds embeddings, not images. But order and views are functions of seed and step, so the
+views that became its rows can be made again: those shown are the very ones.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from isd_tf import subsets
+from isd_tf.datasets import Dataset
+from isd_tf.feature_queue import UNKNOWN_LABEL
+from isd_tf.input_pipeline import pretraining_batches
+from isd_tf.student_teacher import StudentTeacher
+
+
+class QueueNeighbors(NamedTuple):
+    """For Q images the n nearest anchors, the nearest first. Views are normalised [S, S, 3]."""
+
+    query_views: np.ndarray  # [Q, S, S, 3], the teacher's
+    other_views: np.ndarray  # [Q, S, S, 3], the student's: the positives of contrastive learning
+    anchor_views: np.ndarray  # [Q, n, S, S, 3]
+    probabilities: np.ndarray  # [Q, n], the teacher's over all anchors
+    query_labels: np.ndarray  # int64 [Q], -1 where unknown
+    anchor_labels: np.ndarray  # int64 [Q, n]
+
+
+def find(
+    model: StudentTeacher,
+    temperature: float,
+    queries: Dataset,
+    train: Dataset,
+    views: tuple[str, str],
+    image_size: int,
+    global_batch_size: int,
+    seed: int,
+    neighbors: int,
+) -> QueueNeighbors:
+    """Finds the anchors nearest to each query's embedding, and the views that they came from.
+
+    The teacher embeds in inference mode, where in training it used batch statistics.
+
+    Args:
+        model: with a queue, as the training left it.
+        temperature: divides the similarities.
+        queries: Q images.
+        train, views, image_size, global_batch_size, seed: of the training.
+        neighbors: n, at most the anchors.
+
+    Raises:
+        ValueError: when the queue is not yet full of images, or was filled with others.
+
+    Source: paper figure 1.
+    """
+    size, step = model.queue.size, int(model.step.numpy())
+    enqueued = step * global_batch_size
+    if enqueued < size:
+        raise ValueError(
+            f"The queue must be full of images. Received: {enqueued} after step {step}, of {size}. "
+            "Train on, or use a smaller --queue_size."
+        )
+
+    def two_views(i):
+        query = subsets.take(queries, np.array([i]), "a query")
+        return next(iter(pretraining_batches(query, views, image_size, 1, seed + i)))
+
+    pairs = [two_views(i) for i in range(len(queries))]
+    query_views, other_views = (
+        np.concatenate([pair[f"{who}_view"] for pair in pairs]) for who in ("teacher", "student")
+    )
+    embeddings = _embed(model, query_views)  # [Q, D]
+    similarities = tf.matmul(embeddings, model.queue.read_anchors(), transpose_b=True)  # [Q, K]
+    best = tf.math.top_k(tf.nn.softmax(similarities / temperature), min(neighbors, size))
+    rows = best.indices.numpy()  # [Q, n]
+
+    # Where in the training, counted in images, each row was last written.
+    places = enqueued - 1 - (enqueued - 1 - rows) % size  # [Q, n]
+    first_step = int(places.min()) // global_batch_size
+    batches = pretraining_batches(train, views, image_size, global_batch_size, seed, first_step)
+    wanted, found = set(places.flat), {}
+    for number, batch in zip(range(first_step, step), batches, strict=False):
+        for place in wanted & set(
+            range(number * global_batch_size, (number + 1) * global_batch_size)
+        ):
+            found[place] = _row(batch, place % global_batch_size)
+    anchor_labels = model.queue.labels.numpy()[rows]
+    for place, expected in zip(places.flat, anchor_labels.flat, strict=True):
+        _, label = found[place]
+        if label != expected:
+            raise ValueError(
+                f"The queue was filled with other images than {train.name} gives now: the label "
+                f"{expected} is in it, and {label} comes again. Use the data and flags of the "
+                "training; one with --data_service has no order to repeat."
+            )
+    return QueueNeighbors(
+        query_views,
+        other_views,
+        np.array([[found[place][0] for place in of_query] for of_query in places]),
+        best.values.numpy(),
+        np.array([_row(pair, 0)[1] for pair in pairs]),
+        anchor_labels,
+    )
+
+
+def _row(batch, i):
+    """The teacher's view [S, S, 3] of an image of a batch, and its label."""
+    label = int(batch["label"][i]) if "label" in batch else UNKNOWN_LABEL
+    return batch["teacher_view"][i].numpy(), label
+
+
+def _embed(model, views):
+    x = model.teacher_encoder(views, training=False)
+    if model.teacher_projector:
+        x = model.teacher_projector(x, training=False)
+    return tf.math.l2_normalize(tf.cast(x, model.queue.rows.dtype), axis=1)

@@ -1,0 +1,275 @@
+"""The evaluate stage as users run it, on a small run that is trained once."""
+
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import isd_tf
+from isd_tf.evaluation import features, transfer
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import workdirs  # noqa: E402
+from in_process import call  # noqa: E402
+from small_runs import STEPS, small_run  # noqa: E402
+
+NAMES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """The workdir of a run with accuracies over its epochs, and what its evaluate stage says."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    call(*small_run(photos, workdir, "--stages=pretrain"))
+    return workdir
+
+
+@pytest.fixture
+def evaluated(trained, photos, tmp_path):
+    """Evaluates a copy of the trained run; returns its results."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+
+    def evaluate(evaluations, *arguments):
+        stages = ["--stages=evaluate", f"--evaluations={evaluations}"]
+        call(*small_run(photos, workdir, *stages, *arguments))
+        return results_of(workdir)
+
+    evaluate.workdir = workdir
+    return evaluate
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def search_of(workdir, name):
+    return json.loads((workdir / "searches" / f"{name}.json").read_text())
+
+
+def assert_documented(results):
+    """Every name is one of docs/evaluation.md's, whose parts in capitals stand for others."""
+    parts = {"ENCODER": "raw_pixels|untrained|student|teacher", "K": "1|5|20", "DATASET": r"\w+"}
+    parts |= {"METRIC": "top1|mean_per_class", "LABELS": r"(?:_[\d.]+pct|_\w+_\d+pct)?"}
+    patterns = [re.sub("[A-Z]+", lambda m: f"(?:{parts[m[0]]})", name) for name in NAMES]
+    for name in results:
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
+    """In one call, all that needs no long training; student, teacher and untrained."""
+    trained = results_of(evaluated.workdir)
+    results = evaluated(
+        "knn,fast_linear,clusters,neighbors,curves",
+        "--evaluated_encoders=student,teacher,untrained",
+    )
+    assert_documented(results)
+    assert trained.items() <= results.items() and results["step"] == STEPS
+    for encoder in ("student", "teacher", "untrained"):
+        assert 0.4 <= results[f"{encoder}_fast_linear_top1"] <= 1
+        assert results[f"{encoder}_fast_linear_top5"] == 1  # Of two classes.
+        assert results[f"{encoder}_clusters"] == 2
+        for score in ("purity", "nmi", "ari"):
+            assert -1 <= results[f"{encoder}_clusters_{score}"] <= 1
+    figures = evaluated.workdir / "figures"
+    assert {path.name for path in figures.iterdir()} == {
+        *(f"clusters_{encoder}.png" for encoder in ("student", "teacher", "untrained")),
+        "neighbors.png",
+        "student_teacher.png",
+    }
+    for path in figures.iterdir():
+        with Image.open(path) as picture:
+            assert picture.width > 200 and len(picture.convert("RGB").getcolors(2**20)) > 50
+    output = capsys.readouterr().out
+    for text in ("1-NN", "fast linear on 24 images", "top-5 100.0%", "2 clusters of 24", "purity"):
+        assert text in output
+    # Train and test images of three encoders, each computed once.
+    assert len(list((evaluated.workdir / "features").iterdir())) == 6
+
+
+def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos, monkeypatch):
+    results = evaluated("fast_linear", "--linear_weight_decays=0.01")
+    assert results["student_fast_linear_weight_decay"] == 0.01
+    # The SavedModel goes another way: decoding, views and encoder are all inside it.
+    call(*small_run(photos, evaluated.workdir, "--stages=export"))
+    import tensorflow as tf
+
+    serve = tf.saved_model.load(str(evaluated.workdir / "saved_model/1")).signatures[
+        "serving_default"
+    ]
+    parts = []
+    for split in isd_tf.datasets.load("folder", data_dir=str(photos)):
+        rows = [np.asarray(Image.open(path).convert("RGB")) for path in split.paths]
+        values = [serve(images=tf.constant(row[np.newaxis]))["features"][0] for row in rows]
+        parts.append(features.Features(np.array(values), split.labels))
+    fitted = isd_tf.evaluation.linear.fit(parts[0], [0.01 * 24])
+    expected = isd_tf.evaluation.linear.top_k_accuracy(fitted, parts[1], 1)[0]
+    assert results["student_fast_linear_top1"] == pytest.approx(expected)
+
+
+def test_linear_by_the_reference_and_with_few_labels(evaluated, capsys):
+    results = evaluated("linear", "--linear_epochs=5")
+    assert_documented(results)
+    assert results["student_linear_learning_rate"] == 0.01
+    assert results["student_linear_weight_decay"] == 1e-4
+    assert search_of(evaluated.workdir, "student_linear")["tried"] == []
+    assert "linear, student: epoch 5 of 5, mean cross-entropy" in capsys.readouterr().out
+
+    few = evaluated(
+        "linear,fast_linear", "--label_fraction=0.5", "--linear_epochs=2",
+        "--linear_learning_rates=0.01,1", "--linear_weight_decays=0.001,1000",
+    )  # fmt: skip
+    assert_documented(few)
+    assert results.items() <= few.items()  # Nothing of the whole labels' is lost.
+    search = search_of(evaluated.workdir, "student_linear_50pct")
+    assert search["training_images"] == 12
+    assert [(t["learning_rate"], t["weight_decay"]) for t in search["tried"]] == [
+        (0.01, 0.001), (0.01, 1000.0), (1.0, 0.001), (1.0, 1000.0)
+    ]  # fmt: skip
+    best = max(search["tried"], key=lambda t: t["held_out_top1"])
+    assert search["chosen"].items() <= best.items()
+    assert few["student_linear_50pct_learning_rate"] == best["learning_rate"]
+    assert few["student_linear_50pct_top1"] == search["scores"]["student_linear_50pct_top1"]
+    search = search_of(evaluated.workdir, "student_fast_linear_50pct")
+    assert [list(t) for t in search["tried"]] == [["held_out_top1", "weight_decay"]] * 2
+    assert "12 images of" in capsys.readouterr().out
+
+
+def test_few_labels_may_be_another_datasets(evaluated, monkeypatch):
+    load = isd_tf.datasets.load
+
+    def load_labelled(name, *arguments, **keywords):
+        if name == "photos_subset/1pct":
+            train, test = load("folder", data_dir=str(evaluated.photos))
+            return isd_tf.subsets.take(train, np.arange(0, 24, 4), "six"), test
+        return load(name, *arguments, **keywords)
+
+    evaluated.photos = pathlib.Path(
+        (evaluated.workdir / "run.flags").read_text().split("--data_dir=")[1].splitlines()[0]
+    )
+    monkeypatch.setattr(isd_tf.datasets, "load", load_labelled)
+    results = evaluated("fast_linear", "--label_dataset=photos_subset/1pct")
+    assert_documented(results)
+    assert 0 <= results["student_fast_linear_photos_subset_1pct_top1"] <= 1
+    with pytest.raises(
+        ValueError, match="must have the classes of.*with 18 classes, not the same 2"
+    ):
+        evaluated("fast_linear", "--label_dataset=photo_patches")
+
+
+def test_transfer_continues_and_leaves_out_what_cannot_be_had(
+    evaluated, photos, tmp_path, monkeypatch, capsys
+):
+    others = tmp_path / "others"
+    shutil.copytree(photos, others)
+    (others / "val/dark/0.png").unlink()
+    tasks = f"--transfer=folder:{photos},nonesuch,folder:{others}"
+    first = evaluated("transfer", tasks, "--evaluated_encoders=student,untrained")
+    assert_documented(first)
+    output = capsys.readouterr().out
+    assert "Left out: Unknown dataset. Received: 'nonesuch'" in output
+    assert "over 2 of 3 datasets, without nonesuch." in output
+    (one, other) = (
+        value for name, value in first.items()
+        if name.startswith("student_transfer_folder") and name.endswith("top1")
+    )  # fmt: skip
+    assert first["student_transfer_mean"] == pytest.approx((one + other) / 2)
+    assert first["student_transfer_datasets"] == 2 and first["student_transfer_left_out"] == 1
+    (path, _) = sorted((evaluated.workdir / "searches").glob("student_transfer_folder*"))
+    search = json.loads(path.read_text())
+    assert [t["l2"] for t in search["tried"]] == list(transfer.L2_VALUES)
+    assert search["chosen"]["l2"] in transfer.L2_VALUES
+
+    # What was found is not sought again, and what was not found before is.
+    fitted = []
+    evaluate = transfer.evaluate
+    monkeypatch.setattr(
+        transfer, "evaluate", lambda *arguments: fitted.append(1) or evaluate(*arguments)
+    )
+    path.unlink()
+    again = evaluated("transfer", tasks, "--evaluated_encoders=student,untrained")
+    assert fitted == [1] and again == first
+    # Other images under the same names are other images.
+    Image.new("RGB", (30, 30), (90, 0, 0)).save(others / "val/light/0.png")
+    evaluated("transfer", tasks)
+    assert fitted == [1, 1]
+    with pytest.raises(ValueError, match="None of the datasets .* nonesuch: Unknown dataset"):
+        evaluated("transfer", "--transfer=nonesuch")
+
+
+def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path, capsys):
+    call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,8"))
+    results = results_of(tmp_path)
+    assert_documented(results)
+    output = capsys.readouterr().out
+    assert "20 images, 2 classes" in output and "among 24:" in output
+    for encoder in ("raw_pixels", "untrained", "student", "teacher"):
+        for k in (1, 20):
+            assert 0 <= results[f"{encoder}_{k}nn_rare"] <= 1
+    with pytest.raises(ValueError, match="another recipe: --unbalanced=1,1,8 then"):
+        call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,9"))
+
+
+def test_curves_are_those_of_all_runs_and_end_with_the_results(trained, evaluated):
+    curves = workdirs.read_curves(trained)
+    results = evaluated("knn,curves", f"--compare_with={trained},{trained}")
+    for encoder in ("student", "teacher"):
+        epochs, accuracies = curves[encoder]
+        assert epochs == (1, 2, 3, 4)
+        assert accuracies[-1] == pytest.approx(results[f"{encoder}_1nn"], abs=1e-6)
+
+
+def test_results_are_about_one_step(tmp_path):
+    workdirs.record(tmp_path, {"loss": 1.0}, 10)
+    workdirs.record(tmp_path, {"student_1nn": 0.5}, 10)
+    assert results_of(tmp_path) == {"loss": 1.0, "student_1nn": 0.5, "step": 10}
+    workdirs.record(tmp_path, {"loss": 0.9}, 20)
+    assert results_of(tmp_path) == {"loss": 0.9, "step": 20}
+
+
+def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, tmp_path, capsys):
+    run = small_run(photos, tmp_path, "--epochs=1", "--method=byol")
+    call(*run, "--evaluations=neighbors,curves,fast_linear", "--stages=pretrain,evaluate")
+    output = capsys.readouterr().out
+    assert "byol has no use for --queue_size, --teacher_temperature, --student_temp" in output
+    assert "Not evaluated: neighbors. --method=byol has no queue." in output
+    assert "student_fast_linear_top1" in results_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluations=knn,probe"], "some of knn, linear.*Received: --evaluations=knn,probe"),
+        (["--evaluations="], "--evaluations must be some of"),
+        (["--evaluated_encoders=key"], "some of student, teacher, untrained.*key"),
+        (["--label_fraction=0"], "greater than 0 and at most 1. Received: 0"),
+        (["--label_fraction=1.5"], "greater than 0 and at most 1. Received: 1.5"),
+        (["--label_fraction=0.01"], "Every class needs a labelled image.*dark.*at least 0.05"),
+        (["--label_fraction=0.1", "--label_dataset=x"], "either a share or a dataset"),
+        (["--linear_learning_rates=0.1,fast"], "must be positive numbers. Received: .*0.1,fast"),
+        (["--linear_weight_decays=0"], "must be positive numbers"),
+        (["--linear_epochs=0"], "--linear_epochs and --clusters must be at least 1"),
+        (["--clusters=0"], "--linear_epochs and --clusters must be at least 1"),
+        (["--clusters=25"], "at most the 24 images"),
+        (["--query_images=8"], "rows of the 8 images of .*val. Received: 8"),
+        (["--query_images=-1"], "counted from 0"),
+        (["--query_images=a"], "whole numbers. Received: --query_images=a"),
+        (["--evaluations=transfer", "--transfer="], "needs datasets"),
+        (["--unbalanced=1,2"], "LARGE,RARE,IMAGES.*Received: 1,2"),
+        (["--unbalanced=2,1,1"], "no more classes than there are.*2 classes of"),
+        (["--unbalanced=nowhere.txt"], "does not exist.*nowhere.txt"),
+        (["--evaluations=curves", "--compare_with=nowhere"], "nowhere is not the workdir of a run"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(arguments, message, evaluated, photos):
+    stages = ["--stages=evaluate"] * (not arguments[0].startswith("--unb"))
+    workdir = evaluated.workdir if stages else evaluated.workdir / "new"
+    with pytest.raises((ValueError, OSError), match=message):
+        call(*small_run(photos, workdir, *stages, *arguments))

@@ -1,0 +1,96 @@
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import isd_tf
+from isd_tf.datasets import ArrayDataset
+from isd_tf.evaluation import features
+
+
+@pytest.fixture
+def encoder():
+    keras.utils.set_random_seed(0)
+    return isd_tf.build_encoder("tiny_resnet", 16, 4)
+
+
+def arrays(seed=0, count=30):
+    images = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    return ArrayDataset("arrays", images, np.arange(count) % 3)
+
+
+def test_features_are_the_encoders_of_the_evaluation_views(encoder, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 8)
+    monkeypatch.setattr(features, "CHUNK", 16)
+    data = arrays()
+    values, labels = features.extract(encoder, data, 16)
+    views = isd_tf.augment.evaluation_view(tf.constant(data.images), 16)
+    np.testing.assert_allclose(values, encoder(views, training=False), atol=1e-5)
+    np.testing.assert_array_equal(labels, data.labels)
+
+
+def test_kept_features_are_found_again_and_bit_equal(encoder, tmp_path, monkeypatch):
+    first = features.extract(encoder, arrays(), 16, cache=tmp_path)
+    assert len(os.listdir(tmp_path)) == 1
+    np.testing.assert_array_equal(first.values, features.extract(encoder, arrays(), 16).values)
+
+    def refuse(*arguments):
+        raise AssertionError("The encoder was called.")
+
+    monkeypatch.setattr(features, "in_chunks", refuse)
+    again = features.extract(encoder, arrays(), 16, cache=tmp_path)
+    np.testing.assert_array_equal(again.values, first.values)
+    np.testing.assert_array_equal(again.labels, first.labels)
+
+
+def test_other_weights_or_images_are_never_taken_for_those_kept(encoder, tmp_path):
+    def extract(data):
+        kept = features.extract(encoder, data, 16, cache=tmp_path).values
+        np.testing.assert_array_equal(kept, features.extract(encoder, data, 16).values)
+
+    extract(arrays())
+    extract(arrays(seed=1))
+    statistics = next(w for w in encoder.weights if "moving_mean" in w.path)
+    statistics.assign(statistics + 0.5)  # Not a trainable weight, and yet the features change.
+    extract(arrays())
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_files_of_the_same_names_in_another_folder_are_other_images(encoder, tmp_path):
+    kept = []
+    for folder, level in (("a", 10), ("b", 200)):
+        for name in "xy":
+            path = tmp_path / folder / "train" / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (16, 16), (level,) * 3).save(path)
+        train, _ = isd_tf.datasets.load("folder", data_dir=str(tmp_path / folder))
+        kept.append(features.extract(encoder, train, 16, cache=tmp_path / "kept").values)
+    assert np.abs(kept[0] - kept[1]).max() > 0.01
+    # And a file that is written anew under its old name, with as many bytes.
+    path = tmp_path / "b" / "train" / "x" / "0.png"
+    encoded = path.read_bytes()
+    Image.new("RGB", (16, 16), (60,) * 3).save(path)
+    assert len(encoded) == path.stat().st_size
+    again = features.extract(encoder, train, 16, cache=tmp_path / "kept").values
+    assert np.abs(again[0] - kept[1][0]).max() > 0.01
+
+
+def test_what_was_not_finished_is_not_kept(encoder, tmp_path):
+    broken = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Flatten()])
+    broken.add(keras.layers.Lambda(lambda x: x / 0))
+    with pytest.raises(ValueError, match="must be finite"):
+        features.extract(broken, arrays(), 16, cache=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_images_of_another_size_are_refused(encoder):
+    with pytest.raises(ValueError, match=r"takes images of shape \(16, 16, 3\).*\(24, 24, 3\)"):
+        features.extract(encoder, arrays(), 24)
+
+
+def test_unit_rows_leave_zeros():
+    rows = features.unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32))
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]], rtol=1e-6)

@@ -1,0 +1,98 @@
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import isd_tf
+from isd_tf.datasets import ArrayDataset
+from isd_tf.evaluation import neighbors
+from isd_tf.input_pipeline import pretraining_batches
+
+SIZE, BATCH, QUEUE, SEED = 8, 6, 20, 3
+
+
+def images(count, seed):
+    """Each with a label of its own, so that labels tell which image it is."""
+    values = np.random.default_rng(seed).integers(0, 256, (count, 10, 10, 3), np.uint8)
+    return ArrayDataset(f"images {seed}", values, np.arange(count))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A teacher that stays as it is, so that the queue's rows can be computed again."""
+    keras.utils.set_random_seed(0)
+    flatten = [keras.layers.Flatten(), keras.layers.Dense(12)]
+    encoder = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *flatten])
+    model = isd_tf.ISD(encoder, None, None, QUEUE, teacher_momentum=1.0)
+    model.compile(isd_tf.TorchSGD(0.01))
+    batches = pretraining_batches(images(30, 0), ("weak", "strong"), SIZE, BATCH, SEED)
+    model.fit(batches, steps_per_epoch=8, verbose=0, shuffle=False)
+    return model
+
+
+def find(model, queries=None, train=None, **settings):
+    settings = dict(views=("weak", "strong"), image_size=SIZE, global_batch_size=BATCH) | settings
+    queries = images(4, 1) if queries is None else queries
+    train = images(30, 0) if train is None else train
+    return neighbors.find(model, 0.1, queries, train=train, seed=SEED, neighbors=5, **settings)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_the_views_shown_are_those_that_became_the_rows(trained):
+    found = find(trained)
+    assert found.anchor_views.shape == (4, 5, SIZE, SIZE, 3)
+    anchors = trained.queue.read_anchors().numpy()
+    teacher = trained.teacher_encoder
+
+    queries = unit(teacher(found.query_views).numpy())
+    p = np.exp(queries @ anchors.T / 0.1)
+    p /= p.sum(axis=1, keepdims=True)
+    rows = np.argsort(-p, axis=1)[:, :5]
+    np.testing.assert_allclose(found.probabilities, np.take_along_axis(p, rows, 1), rtol=1e-4)
+    # The teacher never moved: from the views shown it makes the queue's rows again.
+    again = unit(teacher(found.anchor_views.reshape(-1, SIZE, SIZE, 3)).numpy())
+    np.testing.assert_allclose(again, anchors[rows].reshape(20, -1), atol=1e-5)
+    np.testing.assert_array_equal(found.anchor_labels, trained.queue.labels.numpy()[rows])
+
+
+def test_queries_stay_in_order_with_two_different_views(trained):
+    found = find(trained)
+    np.testing.assert_array_equal(found.query_labels, range(4))
+    assert np.abs(found.query_views - found.other_views).max() > 0.1
+    np.testing.assert_array_equal(find(trained).query_views, found.query_views)
+
+
+def test_images_without_labels_are_shown_as_well():
+    keras.utils.set_random_seed(0)
+    encoder = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+    model = isd_tf.MoCoV2(encoder, None, None, QUEUE)
+    train = dataclasses.replace(images(30, 0), labels=None)
+    model.compile(isd_tf.TorchSGD(0.01))
+    batches = pretraining_batches(train, ("weak", "weak"), SIZE, BATCH, SEED)
+    model.step.assign(0)
+    for batch in batches.take(4):
+        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1]).numpy()))
+        model.step.assign_add(1)
+    found = find(model, train, train, views=("weak", "weak"))
+    assert (found.query_labels == -1).all() and (found.anchor_labels == -1).all()
+    flat = unit(found.anchor_views.reshape(30, 5, -1))
+    shown = np.einsum("qnd,qd->qn", flat, unit(found.query_views.reshape(30, -1)))
+    np.testing.assert_array_equal(np.argsort(-shown, axis=1), [range(5)] * 30)
+
+
+def test_a_queue_that_is_not_full_is_refused(trained):
+    young = keras.models.clone_model(trained.student_encoder)
+    model = isd_tf.ISD(young, None, None, QUEUE)
+    with pytest.raises(ValueError, match="full of images. Received: 0 after step 0, of 20"):
+        find(model)
+
+
+def test_other_images_than_those_of_the_training_are_noticed(trained):
+    other = dataclasses.replace(images(30, 0), labels=np.arange(30)[::-1].copy())
+    with pytest.raises(ValueError, match="filled with other images than images 0 gives now"):
+        find(trained, train=other)
