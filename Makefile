@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed  ## Pretrain and evaluate on embedded photographs
 	$(VENV)/bin/python experiments/run.py --flagfile=quickstart.flags
 
 test: $(VENV)/.installed  ## Run the tests
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest -n 2 tests
 
 lint: $(VENV)/.installed  ## Check style and imports
 	$(VENV)/bin/ruff check .

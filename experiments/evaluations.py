@@ -5,20 +5,21 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 
 import functools
 import json
+import os
 import pathlib
-import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 import workdirs
 from absl import flags
 
 import isd_tf
 from isd_tf import report, subsets
+from isd_tf.checkpoints import Checkpoints
 from isd_tf.datasets import Dataset, RecordDataset, is_labelled
-from isd_tf.decoding import Unreadable
+from isd_tf.decoding import Unreadable, explaining
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
 from isd_tf.input_pipeline import evaluation_batches, probe_batches
 
@@ -27,9 +28,6 @@ ENCODERS = ("student", "teacher", "untrained")
 # Of the pictures: rows, and images beside each other.
 QUERIES, NEIGHBORS = 8, 8
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
-# Tried where few images are labelled: nothing is published.
-FEW_LABELS_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-FEW_LABELS_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 
 flags.DEFINE_list(
     "evaluations",
@@ -55,13 +53,13 @@ flags.DEFINE_list(
     "linear_learning_rates",
     [],
     "Of linear. Several are tried on held-out training images. Unset: 0.01, or with few labels "
-    f"{', '.join(map(str, FEW_LABELS_RATES))}.",
+    f"{', '.join(map(str, linear.FEW_LABELS_LEARNING_RATES))}.",
 )
 flags.DEFINE_list(
     "linear_weight_decays",
     [],
     "Of linear and fast_linear, as the learning rates. Unset: 0.0001, or with few labels "
-    f"{', '.join(map(str, FEW_LABELS_DECAYS))}.",
+    f"{', '.join(map(str, linear.FEW_LABELS_WEIGHT_DECAYS))}.",
 )
 flags.DEFINE_integer("linear_epochs", linear.EPOCHS, "Passes of linear.")
 flags.DEFINE_list(
@@ -69,7 +67,9 @@ flags.DEFINE_list(
     list(transfer.PAPER_TASKS),
     "Datasets to transfer to: the paper's nine by these names, TFDS names, folder:PATH.",
 )
-flags.DEFINE_string("transfer_data_dir", None, "TFDS' folder of these; unset: its usual one.")
+flags.DEFINE_string(
+    "tfds_data_dir", None, "TFDS' folder of label_dataset and transfer; unset: its usual one."
+)
 flags.DEFINE_integer("clusters", None, "Number of clusters; unset: as many as classes.")
 flags.DEFINE_list(
     "query_images", [], "Rows of the test images whose neighbors are drawn; unset: 8 random ones."
@@ -87,14 +87,23 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run at the end of its training, or of what there has been of it."""
+    """A run: what is trained, on what, and where it is kept."""
 
     model: isd_tf.StudentTeacher
     data: Data
     views: tuple[str, str]
     workdir: pathlib.Path
-    step: int
-    counter: Callable[[Dataset], Unreadable]  # for a dataset that is about to be read
+    checkpoints: Checkpoints
+    counters: list[Unreadable]  # of all that was read
+
+    @property
+    def step(self) -> int:
+        return self.checkpoints.step
+
+    def counter(self, dataset: Dataset) -> Unreadable:
+        """Counts the unreadable images of a dataset that is about to be read."""
+        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable))
+        return self.counters[-1]
 
     def encoder(self, name: str) -> keras.Model:
         if name == "untrained":
@@ -144,6 +153,19 @@ def check_flags():
         )
     if "transfer" in FLAGS.evaluations and not FLAGS.transfer:
         raise ValueError("--evaluations=transfer needs datasets. Received: an empty --transfer.")
+    names = [transfer.score_name(name) for name in FLAGS.transfer]
+    same = [name for name in FLAGS.transfer if names.count(transfer.score_name(name)) > 1]
+    if same:
+        raise ValueError(f"--transfer must name datasets apart. Received: {', '.join(same)}.")
+    folders = [name.removeprefix("folder:") for name in FLAGS.transfer if "folder:" in name]
+    for path in folders if "transfer" in FLAGS.evaluations else []:
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"No such folder. Received: --transfer=folder:{path}.")
+    for path in FLAGS.compare_with:
+        if not os.path.exists(os.path.join(path, "run.flags")):
+            raise FileNotFoundError(
+                f"--compare_with must name workdirs of runs. Received: {path}, without run.flags."
+            )
 
 
 def _numbers(name, kind):
@@ -175,20 +197,33 @@ def check_data(data: Data) -> None:
             f"Received: {FLAGS.clusters}."
         )
     # Reading the labels of a stream takes a pass over all of its records.
-    if FLAGS.label_fraction < 1 and not isinstance(data.bank, RecordDataset):
-        subsets.rows_of_fraction(data.bank, FLAGS.label_fraction, FLAGS.seed)
+    if FLAGS.label_dataset or not isinstance(data.bank, RecordDataset):
+        if _few_labels() and {"linear", "fast_linear"} & set(FLAGS.evaluations):
+            _labelled_images(data.bank)
 
 
-def evaluate(run: Run) -> None:
-    """Does all of --evaluations, and records each one's scores as soon as it has them."""
+def evaluate(run: Run) -> list[str]:
+    """Does all of --evaluations, and records each one's scores as soon as it has them.
+
+    Returns:
+        What went wrong, a sentence for each evaluation that failed: the others are done all the
+        same, and so is what comes after a long training.
+    """
+    failures = []
     for name in FLAGS.evaluations:
         reason = _reason_not_to(name, run)
-        if not reason:
-            EVALUATIONS[name](run)
-        elif FLAGS.stages == ["evaluate"]:
-            raise ValueError(f"The evaluation {name} cannot be done: {reason}")
-        else:
+        if reason and FLAGS.stages != ["evaluate"]:
             say(f"Not evaluated: {name}. {reason}")
+            continue
+        try:
+            if reason:
+                raise ValueError(reason)
+            with explaining(run.counters):
+                EVALUATIONS[name](run)
+        except (ValueError, OSError) as error:
+            failures.append(f"The evaluation {name} failed: {error}")
+            say(failures[-1])
+    return failures
 
 
 def _reason_not_to(name, run):
@@ -217,6 +252,14 @@ def reason_not_to_score(data: Data, images: int) -> str | None:
             return f"{split.name} has no labels."
     if data.test is None:
         return f"{data.train.name} has no test split. Name one by --test_split."
+    if not any(isinstance(split, RecordDataset) for split in (data.bank, data.test)):
+        missing = np.setdiff1d(data.test.labels, data.bank.labels)
+        if len(missing):
+            names = data.test.class_names or range(data.test.labels.max() + 1)
+            return (
+                f"{len(missing)} classes of {data.test.name} have no images in {data.bank.name}, "
+                f"{names[missing[0]]} first."
+            )
     if len(data.bank) < images:
         return f"{images}-NN needs at least {images} images. {data.bank.name} has {len(data.bank)}."
     return None
@@ -244,41 +287,46 @@ def evaluate_knn(run: Run) -> None:
 
 
 def evaluate_linear(run: Run) -> None:
-    def train(encoder, features_of, name, dataset, settings):
+    def train(encoder, dataset, settings):
         counter = run.counter(dataset)
+
+        def views_of_epoch(epoch):
+            return probe_batches(
+                dataset, FLAGS.image_size, linear.BATCH, FLAGS.seed, epoch, counter
+            )
 
         def report_epoch(epoch, losses):
             if epoch % 5 == 4:
-                mean = f"mean cross-entropy {losses.mean():.4f}"
-                say(f"  linear, {name}: epoch {epoch + 1} of {FLAGS.linear_epochs}, {mean}")
+                say(
+                    f"  linear: epoch {epoch + 1} of {FLAGS.linear_epochs}, mean cross-entropy "
+                    f"{losses.mean():.4f}"
+                )
 
         return linear.train(
             encoder,
-            lambda epoch: probe_batches(
-                dataset, FLAGS.image_size, linear.BATCH, FLAGS.seed, epoch, counter
-            ),
-            features_of(dataset),
+            views_of_epoch,
+            run.features(encoder, dataset),
             settings,
             FLAGS.seed,
             FLAGS.linear_epochs,
             report_epoch,
         )
 
-    rates = _numbers("linear_learning_rates", float) or (
-        FEW_LABELS_RATES if _few_labels() else [linear.LEARNING_RATE]
-    )
-    settings = [linear.Setting(rate, decay) for rate in rates for decay in _weight_decays()]
-    _score_linear(run, "linear", train, settings)
+    usual = linear.FEW_LABELS_LEARNING_RATES if _few_labels() else [linear.LEARNING_RATE]
+    rates = _numbers("linear_learning_rates", float) or usual
+    settings = [linear.Setting(decay, rate) for rate in rates for decay in _weight_decays()]
+    _score_linear(run, "linear", settings, train)
 
 
 def evaluate_fast_linear(run: Run) -> None:
-    def fit(encoder, features_of, name, dataset, settings):
-        fitted = features_of(dataset)
+    def fit(encoder, dataset, settings):
+        features_ = run.features(encoder, dataset)
         # The reference's decay stands beside a mean over the images, L-BFGS' L2 beside their sum.
-        return linear.fit(fitted, [s.weight_decay * len(fitted.labels) for s in settings])
+        count = len(features_.labels)
+        return linear.fit(features_, [setting.weight_decay * count for setting in settings])
 
-    settings = [linear.Setting(0.0, decay) for decay in _weight_decays()]
-    _score_linear(run, "fast_linear", fit, settings)
+    settings = [linear.Setting(decay, None) for decay in _weight_decays()]
+    _score_linear(run, "fast_linear", settings, fit)
 
 
 def _few_labels():
@@ -286,52 +334,51 @@ def _few_labels():
 
 
 def _weight_decays():
-    usual = FEW_LABELS_DECAYS if _few_labels() else [linear.WEIGHT_DECAY]
+    usual = linear.FEW_LABELS_WEIGHT_DECAYS if _few_labels() else [linear.WEIGHT_DECAY]
     return _numbers("linear_weight_decays", float) or usual
 
 
-def _score_linear(run, protocol, classifiers_of, settings):
-    labelled, suffix = _labelled_images(run)
+def _score_linear(run, protocol, settings, classifiers_of):
+    """Chooses a setting, trains it on all labelled images, and scores it on the test images.
+
+    `classifiers_of` takes an encoder, labelled images and settings.
+    """
+    labelled, suffix = _labelled_images(run.data.bank)
     for name in FLAGS.evaluated_encoders:
         encoder = run.encoder(name)
+        of_encoder = functools.partial(classifiers_of, encoder)
         features_of = functools.partial(run.features, encoder)
-        train = functools.partial(classifiers_of, encoder, features_of, name)
-        choice = linear.choose(settings, labelled, train, features_of, FLAGS.seed)
-        classifiers = train(labelled, [choice.chosen])
+        choice = linear.choose(settings, labelled, of_encoder, features_of, FLAGS.seed)
+        classifiers = of_encoder(labelled, [choice.chosen])
         test = features_of(run.data.test)
         prefix = f"{name}_{protocol}{suffix}"
-        scores = {
-            f"{prefix}_top{k}": float(linear.top_k_accuracy(classifiers, test, k)[0])
-            for k in (1, 5)
-        }
+        top1, top5 = (float(linear.top_k_accuracy(classifiers, test, k)[0]) for k in (1, 5))
         say(
             f"{protocol.replace('_', ' ')} on {len(labelled)} images of {labelled.name}, {name}: "
-            f"top-1 {scores[f'{prefix}_top1']:.1%}, top-5 {scores[f'{prefix}_top5']:.1%}"
+            f"top-1 {top1:.1%}, top-5 {top5:.1%}"
         )
-        chosen = choice.chosen._asdict()
-        if protocol == "fast_linear":
-            del chosen["learning_rate"]
-        _record_search(
-            run,
-            prefix,
-            {
-                "scores": scores,
-                "chosen": chosen,
-                "tried": [
-                    {key: getattr(setting, key) for key in chosen} | {"held_out_top1": accuracy}
-                    for setting, accuracy in choice.accuracies.items()
-                ],
-                "training_images": len(labelled),
-            },
-        )
+        scores = {f"{prefix}_top1": top1, f"{prefix}_top5": top5}
+        chosen = _hyper_parameters(choice.chosen)
+        tried = [
+            _hyper_parameters(setting) | {"held_out_top1": accuracy}
+            for setting, accuracy in choice.accuracies.items()
+        ]
+        if protocol == "linear":
+            chosen["epochs"] = FLAGS.linear_epochs
+        search = {"scores": scores, "chosen": chosen, "tried": tried, "step": run.step}
+        search["training_images"] = len(features_of(labelled).labels)
+        _record_search(run, prefix, search)
         run.record(scores | {f"{prefix}_{key}": value for key, value in chosen.items()})
 
 
-def _labelled_images(run):
+def _hyper_parameters(setting):
+    return {name: value for name, value in setting._asdict().items() if value is not None}
+
+
+def _labelled_images(bank):
     """The images whose labels a linear classifier may use, and what they add to a score's name."""
-    bank = run.data.bank
     if FLAGS.label_dataset:
-        labelled, _ = isd_tf.datasets.load(FLAGS.label_dataset, data_dir=FLAGS.data_dir)
+        labelled, _ = isd_tf.datasets.load(FLAGS.label_dataset, data_dir=FLAGS.tfds_data_dir)
         if labelled.class_names != bank.class_names:
             raise ValueError(
                 f"--label_dataset must have the classes of {bank.name}. Received: {labelled.name}, "
@@ -349,55 +396,54 @@ def _labelled_images(run):
 
 
 def evaluate_transfer(run: Run) -> None:
-    splits, left_out = {}, {}
+    accuracies, left_out = {name: [] for name in FLAGS.evaluated_encoders}, {}
     for name in FLAGS.transfer:
         task = transfer.task_of(name)
         say(f"Transfer to {name} ({task.source}).")
         try:
-            splits[name] = transfer.load(task, FLAGS.transfer_data_dir, FLAGS.seed)
+            with explaining(run.counters):
+                splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
+                of_encoders = [
+                    _transfer_to(run, encoder_name, name, task.metric, splits)
+                    for encoder_name in accuracies
+                ]
         except (ValueError, OSError) as error:
             left_out[name] = str(error)
             say(
-                f"  Left out: {error}\n  (Here --transfer_data_dir names TFDS' folder, and "
+                f"  Left out: {error}\n  (Here --tfds_data_dir names TFDS' folder, and "
                 "folder:PATH among --transfer a folder.)"
             )
-    for encoder_name in FLAGS.evaluated_encoders:
-        accuracies = [
-            _transfer_to(run, encoder_name, name, parts) for name, parts in splits.items()
-        ]
-        summary = {
-            f"{encoder_name}_transfer_datasets": len(accuracies),
-            f"{encoder_name}_transfer_left_out": len(left_out),
-        }
-        if accuracies:
-            summary[f"{encoder_name}_transfer_mean"] = float(np.mean(accuracies))
-            say(
-                f"  {encoder_name}: mean {np.mean(accuracies):.1%} over {len(accuracies)} of "
-                f"{len(FLAGS.transfer)} datasets"
-                + (f", without {', '.join(left_out)}." if left_out else ".")
-            )
-        run.record(summary)
-    if not splits:
-        raise ValueError(
-            "None of the datasets to transfer to can be had: "
-            + "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            continue
+        for of_one, accuracy in zip(accuracies.values(), of_encoders, strict=True):
+            of_one.append(accuracy)
+    if len(left_out) == len(FLAGS.transfer):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"None of the datasets could be had and scored. {reasons}")
+    for encoder_name, of_one in accuracies.items():
+        mean = float(np.mean(of_one))
+        say(
+            f"  {encoder_name}: mean {mean:.1%} over {len(of_one)} of {len(FLAGS.transfer)} "
+            f"datasets{', without ' * bool(left_out)}{', '.join(left_out)}."
         )
+        prefix = f"{encoder_name}_transfer"
+        counts = {f"{prefix}_datasets": len(of_one), f"{prefix}_left_out": len(left_out)}
+        run.record({f"{prefix}_mean": mean} | counts)
 
 
-def _transfer_to(run, encoder_name, name, splits):
+def _transfer_to(run, encoder_name, name, metric, splits):
     """The accuracy on one dataset: from its file, if it was found before for the same."""
-    encoder, metric = run.encoder(encoder_name), transfer.task_of(name).metric
-    prefix = f"{encoder_name}_transfer_" + re.sub(r"\W+", "_", name)
+    encoder = run.encoder(encoder_name)
+    prefix = f"{encoder_name}_transfer_{transfer.score_name(name)}"
     key = [features.key(encoder, split, FLAGS.image_size) for split in splits]
     search = _read_search(run, prefix)
     if search.get("key") != key:
-        features_of = functools.partial(run.features, encoder)
-        score = transfer.evaluate(splits, features_of, metric)
+        score = transfer.evaluate(splits, functools.partial(run.features, encoder), metric)
         search = {
             "key": key,
             "scores": {f"{prefix}_{metric}": score.accuracy},
             "chosen": {"l2": score.l2},
             "tried": [{"l2": l2, "validation": value} for l2, value in score.validation.items()],
+            "step": run.step,
         }
         _record_search(run, prefix, search)
     (accuracy,) = search["scores"].values()
@@ -434,20 +480,26 @@ def evaluate_clusters(run: Run) -> None:
             found.assignments, SHOWN_CLUSTERS, SHOWN_MEMBERS, FLAGS.seed
         )
         path = run.workdir / "figures" / f"clusters_{name}.png"
-        report.draw_clusters(_views_of_rows(run, bank, members), path)
+        report.draw_clusters(
+            _views_of_rows(run, bank, members, readable=len(found.assignments)), path
+        )
         say(f"Members of clusters: {path}")
 
 
-def _views_of_rows(run, dataset, rows_of_groups):
-    """The evaluation views at rows of a dataset's readable images, in groups as these."""
-    wanted, views, first = set(np.concatenate(rows_of_groups)), {}, 0
-    for images, _ in run.batches(dataset):
-        for row in wanted & set(range(first, first + len(images))):
-            views[row] = images[row - first].numpy()
-        first += len(images)
-        if len(views) == len(wanted):
-            break
-    return [[views[row] for row in rows] for rows in rows_of_groups]
+def _views_of_rows(run, dataset, rows_of_groups, readable):
+    """The evaluation views at rows of a dataset's `readable` images, in groups as these."""
+    rows = np.unique(np.concatenate(rows_of_groups))
+    if readable == len(dataset):
+        images = run.batches(subsets.take(dataset, rows, "shown"))
+        found = np.concatenate([views for views, _ in images])
+    else:
+        # A row counts the images that can be read: which they are, only reading all tells.
+        views = run.batches(dataset).unbatch().enumerate()
+        wanted = tf.constant(rows)
+        chosen = views.filter(lambda row, view: tf.reduce_any(row == wanted))
+        found = [view.numpy() for _, (view, _) in chosen.take(len(rows))]
+    views = dict(zip(rows, found, strict=True))
+    return [[views[row] for row in group] for group in rows_of_groups]
 
 
 def evaluate_neighbors(run: Run) -> None:
@@ -455,20 +507,22 @@ def evaluate_neighbors(run: Run) -> None:
     rows = _numbers("query_images", int)
     if not rows:
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
+    rows = np.unique(rows)
     found = neighbors.find(
         run.model,
         FLAGS.temperature if FLAGS.method == "moco_v2" else FLAGS.teacher_temperature,
-        subsets.take(asked, np.unique(rows), "queries"),
+        subsets.take(asked, rows, "queries"),
         run.data.train,
         run.views,
         FLAGS.image_size,
         FLAGS.batch_size,
         FLAGS.seed,
         NEIGHBORS,
+        run.counter(run.data.train),
     )
     path = run.workdir / "figures" / "neighbors.png"
     report.draw_neighbors(found, path, asked.class_names)
-    say(f"Neighbours in the queue: {path}")
+    say(f"Neighbours in the queue of --query_images={','.join(map(str, rows))}: {path}")
 
 
 def _asked(data):

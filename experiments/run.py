@@ -35,8 +35,8 @@ from absl import app, flags, logging  # noqa: E402
 import isd_tf  # noqa: E402
 from isd_tf import checkpoints as checkpointing  # noqa: E402
 from isd_tf import cluster, distribution, encoders, monitoring, subsets  # noqa: E402
-from isd_tf.decoding import Unreadable, explaining  # noqa: E402
-from isd_tf.evaluation import features, knn  # noqa: E402
+from isd_tf.decoding import explaining  # noqa: E402
+from isd_tf.evaluation import knn  # noqa: E402
 
 FLAGS = flags.FLAGS
 STAGES = ("pretrain", "evaluate", "export")
@@ -166,12 +166,13 @@ flags.DEFINE_integer("log_every_steps", 10, "Steps between values in TensorBoard
 flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0: never.")
 flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
 
-# What may change between two calls in one workdir; every other flag is the recipe.
+# What may change between two calls in one workdir; every other flag is the recipe. Which images are
+# trained on, dataset.json knows.
 NOT_RECIPE = (
-    "data_dir image_list test_split max_unreadable data_service workdir stages strategy "
-    "cluster_timeout logical_cpus steps_per_execution compile deterministic check_replicas "
-    "checkpoint_every_steps keep_checkpoints keep_every_epochs if_checkpoint_fails log_every_steps "
-    "knn_every_epochs export_encoder"
+    "unbalanced unbalanced_seed data_dir image_list test_split max_unreadable data_service "
+    "workdir stages strategy cluster_timeout logical_cpus steps_per_execution compile "
+    "deterministic check_replicas checkpoint_every_steps keep_checkpoints keep_every_epochs "
+    "if_checkpoint_fails log_every_steps knn_every_epochs export_encoder"
 ).split()
 # What may differ between the workers of a cluster.
 MACHINES_OWN = "data_dir image_list workdir cluster_timeout".split()
@@ -235,15 +236,10 @@ def main(argv):
 
 
 def run_stages(model, checkpoints, first_step, data, workdir):
-    counters = []
-
-    def counter(dataset):
-        counters.append(Unreadable(len(dataset), FLAGS.max_unreadable))
-        return counters[-1]
-
-    with explaining(counters):
+    run = evaluations.Run(model, data, views(), workdir, checkpoints, counters=[])
+    with explaining(run.counters):
         if "pretrain" in FLAGS.stages:
-            pretrain(model, checkpoints, first_step, data, counter, workdir)
+            pretrain(run, first_step)
         elif not first_step:
             raise ValueError(
                 f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
@@ -251,14 +247,14 @@ def run_stages(model, checkpoints, first_step, data, workdir):
         with cluster.failing_together(checkpoints.strategy):
             if not cluster.is_chief(checkpoints.strategy):
                 return  # Once the chief has done the rest.
-            if "evaluate" in FLAGS.stages:
-                run = evaluations.Run(model, data, views(), workdir, checkpoints.step, counter)
-                evaluations.evaluate(run)
+            failures = evaluations.evaluate(run) if "evaluate" in FLAGS.stages else []
             if "export" in FLAGS.stages:
                 encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
                 path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
                 say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-            say(f"Results: {workdirs.record(workdir, {}, checkpoints.step)}")
+            say(f"Results: {workdirs.record(workdir, {}, run.step)}")
+            if failures:
+                raise ValueError(" ".join(failures))
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -283,7 +279,7 @@ def check_flags(argv):
     every = dict.fromkeys(name for _, names in METHODS.values() for name in names)
     unused = [name for name in every if FLAGS[name].present and name not in settings]
     if unused:
-        say(f"--method={FLAGS.method} has no use for --{', --'.join(unused)}.")
+        say(f"Of no effect with --method={FLAGS.method}: --{', --'.join(unused)}.")
     for name, (low, high) in RANGES.items():
         if FLAGS[name].value is None:
             continue
@@ -484,7 +480,8 @@ def begin_or_continue(workdir, checkpoints, train):
                     + (", the same number but not the same" if same_number else "")
                     + ". Restore them to continue it, or use another --workdir."
                 )
-        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image".split()
+        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
+        packages = packages.split()
         versions = {name: importlib.metadata.version(name) for name in packages}
         versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
         (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
@@ -518,8 +515,9 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def pretrain(model, checkpoints, first_step, data, counter, workdir):
-    train, unreadable = data.train, counter(data.train)
+def pretrain(run, first_step):
+    model, train, checkpoints, workdir = run.model, run.data.train, run.checkpoints, run.workdir
+    unreadable = run.counter(train)
     if first_step >= FLAGS.epochs * steps_per_epoch(train):
         say("The pretraining is complete.")
         return
@@ -563,7 +561,7 @@ def pretrain(model, checkpoints, first_step, data, counter, workdir):
     watching = [
         monitoring.EpochMeans(),
         monitoring.Throughput(FLAGS.batch_size),
-        *knn_callback(data, counter, stop),
+        *knn_callback(run, stop),
         monitoring.Progress(FLAGS.epochs),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
         keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
@@ -586,14 +584,11 @@ def pretrain(model, checkpoints, first_step, data, counter, workdir):
     )
 
 
-def knn_callback(data, counter, stop):
-    if not FLAGS.knn_every_epochs or evaluations.reason_not_to_score(data, 20):
+def knn_callback(run, stop):
+    data, every = run.data, FLAGS.knn_every_epochs
+    if not every or evaluations.reason_not_to_score(data, 20):
         return []
-    bank, queries = (
-        isd_tf.evaluation_batches(split, FLAGS.image_size, features.BATCH, counter(split))
-        for split in (data.bank, data.test)
-    )
-    every = FLAGS.knn_every_epochs
+    bank, queries = run.batches(data.bank), run.batches(data.test)
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]
 
 

@@ -13,7 +13,7 @@ scores = isd_tf.knn_accuracy({"student": encoder}, bank, queries)
 isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
-from isd_tf import augment, datasets, losses
+from isd_tf import augment, datasets, losses, subsets
 from isd_tf.baselines import BYOL, MoCoV2
 from isd_tf.encoders import build_encoder, isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.evaluation.knn import knn_accuracy
@@ -48,4 +48,5 @@ __all__ = [
     "losses",
     "moco_v2_heads",
     "pretraining_batches",
+    "subsets",
 ]

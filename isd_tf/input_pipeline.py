@@ -152,6 +152,28 @@ def evaluation_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
     """
+    if isinstance(dataset, ArrayDataset):
+        images = tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset)))
+        images = images.batch(batch_size)
+    else:
+        images = readable_images(dataset, unreadable)
+    views = images.map(
+        lambda images, labels: (augment.evaluation_view(images, image_size), labels),
+        tf.data.AUTOTUNE,
+    )
+    return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+
+
+def readable_images(dataset: Dataset, unreadable: Unreadable | None = None) -> tf.data.Dataset:
+    """Decodes the images of a dataset in its own order, those that cannot be read left out.
+
+    Args:
+        dataset: what to read.
+        unreadable: counts images that cannot be read; by default none is tolerated.
+
+    Returns:
+        Pairs of uint8 [1, H, W, 3] and int64 [1], labels (-1: unknown).
+    """
     unreadable = unreadable or Unreadable(len(dataset), 0.0)
 
     def decode_one(source, read, name, label):
@@ -159,31 +181,21 @@ def evaluation_batches(
         return decode_first_readable(candidate, read, 1, unreadable)
 
     if isinstance(dataset, ArrayDataset):
-        images = tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset)))
-        images = images.batch(batch_size)
+        return tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset))).batch(1)
+    if isinstance(dataset, FileDataset):
+        files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
+        images = files.map(
+            lambda path, label: decode_one(path, tf.io.read_file, path, label), tf.data.AUTOTUNE
+        )
     else:
-        if isinstance(dataset, FileDataset):
-            files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
-            images = files.map(
-                lambda path, label: decode_one(path, tf.io.read_file, path, label),
-                tf.data.AUTOTUNE,
-            )
-        else:
-            shards = tf.data.Dataset.from_tensor_slices(dataset.shards)
-            records = shards.flat_map(dataset.read_shard)
+        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
 
-            def decode_record(file, index, record):
-                encoded, label = dataset.parse(record)
-                return decode_one(encoded, tf.identity, _record_name(file, index), label)
+        def decode_record(file, index, record):
+            encoded, label = dataset.parse(record)
+            return decode_one(encoded, tf.identity, _record_name(file, index), label)
 
-            images = records.map(decode_record, tf.data.AUTOTUNE)
-        images = images.filter(lambda image, label: tf.size(image) > 0).batch(1)
-
-    views = images.map(
-        lambda images, labels: (augment.evaluation_view(images, image_size), labels),
-        tf.data.AUTOTUNE,
-    )
-    return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+        images = records.map(decode_record, tf.data.AUTOTUNE)
+    return images.filter(lambda image, label: tf.size(image) > 0).batch(1)
 
 
 def probe_batches(
@@ -379,7 +391,7 @@ def _record_images(dataset, order, unreadable):
             STREAM_BUFFER, seed=order.seed * 1_000_000 + epoch, reshuffle_each_iteration=False
         )
         # Each record with those that would replace it; the last ones are followed by some again.
-        extended = shuffled.concatenate(in_shards.take(STREAM_CANDIDATES - 1))
+        extended = shuffled.concatenate(in_shards.repeat().take(STREAM_CANDIDATES - 1))
         windows = extended.window(STREAM_CANDIDATES, shift=1, drop_remainder=True)
         windows = windows.flat_map(
             lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))

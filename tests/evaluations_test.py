@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 import isd_tf
@@ -16,6 +17,7 @@ from isd_tf.evaluation import features, transfer
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import run  # noqa: E402
 import workdirs  # noqa: E402
 from in_process import call  # noqa: E402
 from small_runs import STEPS, small_run  # noqa: E402
@@ -50,6 +52,40 @@ def results_of(workdir):
     return json.loads((workdir / "results.json").read_text())
 
 
+def restored(workdir):
+    """The model of a small run, from its checkpoint; flags are those of the call before."""
+    model = run.build_model(tf.distribute.get_strategy(), 6)
+    checkpoints = isd_tf.checkpoints.Checkpoints(workdir / "checkpoints", model)
+    assert checkpoints.restore_newest()
+    return model
+
+
+def test_the_images_drawn_are_those_of_the_clusters_members(evaluated, photos, monkeypatch):
+    """With one that cannot be read among them, so that rows of features and of files differ."""
+    drawn = []
+    monkeypatch.setattr(isd_tf.report, "draw_clusters", lambda members, path: drawn.extend(members))
+    for broken in (False, True):
+        folder = evaluated.workdir.parent / f"photos {broken}"
+        shutil.copytree(photos, folder)
+        if broken:
+            (folder / "train/dark/1.png").write_bytes(b"broken")
+        call(*small_run(folder, evaluated.workdir), "--stages=evaluate", "--evaluations=clusters",
+             "--max_unreadable=0.1")  # fmt: skip
+        train, _ = isd_tf.datasets.load("folder", data_dir=str(folder))
+        readable = isd_tf.evaluation_batches(train, 16, 1, isd_tf.decoding.Unreadable(24, 1))
+        known = [images for images, _ in readable]
+        assert len(known) == 24 - broken
+        model = restored(evaluated.workdir)
+        own = features.extract(model.student_encoder, train, 16, isd_tf.decoding.Unreadable(24, 1))
+        found = isd_tf.evaluation.clusters.cluster(own, 2, 0)
+        members = isd_tf.evaluation.clusters.draw_members(found.assignments, 10, 12, 0)
+        assert [len(views) for views in drawn] == [len(rows) for rows in members]
+        for views, rows in zip(drawn, members, strict=True):
+            for view, row in zip(views, rows, strict=True):
+                np.testing.assert_allclose(view, known[row][0], atol=1e-5)
+        drawn.clear()
+
+
 def search_of(workdir, name):
     return json.loads((workdir / "searches" / f"{name}.json").read_text())
 
@@ -72,6 +108,13 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
     )
     assert_documented(results)
     assert trained.items() <= results.items() and results["step"] == STEPS
+    # Each encoder's own: the pictures' features give the same clusters once more.
+    train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
+    model = restored(evaluated.workdir)
+    for encoder in ("student", "teacher"):
+        own = features.extract(getattr(model, f"{encoder}_encoder"), train, 16)
+        found = isd_tf.evaluation.clusters.cluster(own, 2, 0)
+        assert found.scores["nmi"] == pytest.approx(results[f"{encoder}_clusters_nmi"])
     for encoder in ("student", "teacher", "untrained"):
         assert 0.4 <= results[f"{encoder}_fast_linear_top1"] <= 1
         assert results[f"{encoder}_fast_linear_top5"] == 1  # Of two classes.
@@ -99,8 +142,6 @@ def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos, mon
     assert results["student_fast_linear_weight_decay"] == 0.01
     # The SavedModel goes another way: decoding, views and encoder are all inside it.
     call(*small_run(photos, evaluated.workdir, "--stages=export"))
-    import tensorflow as tf
-
     serve = tf.saved_model.load(str(evaluated.workdir / "saved_model/1")).signatures[
         "serving_default"
     ]
@@ -119,8 +160,9 @@ def test_linear_by_the_reference_and_with_few_labels(evaluated, capsys):
     assert_documented(results)
     assert results["student_linear_learning_rate"] == 0.01
     assert results["student_linear_weight_decay"] == 1e-4
+    assert results["student_linear_epochs"] == 5
     assert search_of(evaluated.workdir, "student_linear")["tried"] == []
-    assert "linear, student: epoch 5 of 5, mean cross-entropy" in capsys.readouterr().out
+    assert "linear: epoch 5 of 5, mean cross-entropy" in capsys.readouterr().out
 
     few = evaluated(
         "linear,fast_linear", "--label_fraction=0.5", "--linear_epochs=2",
@@ -134,7 +176,7 @@ def test_linear_by_the_reference_and_with_few_labels(evaluated, capsys):
         (0.01, 0.001), (0.01, 1000.0), (1.0, 0.001), (1.0, 1000.0)
     ]  # fmt: skip
     best = max(search["tried"], key=lambda t: t["held_out_top1"])
-    assert search["chosen"].items() <= best.items()
+    assert search["chosen"].items() <= (best | {"epochs": 2}).items()
     assert few["student_linear_50pct_learning_rate"] == best["learning_rate"]
     assert few["student_linear_50pct_top1"] == search["scores"]["student_linear_50pct_top1"]
     search = search_of(evaluated.workdir, "student_fast_linear_50pct")
@@ -162,6 +204,31 @@ def test_few_labels_may_be_another_datasets(evaluated, monkeypatch):
         ValueError, match="must have the classes of.*with 18 classes, not the same 2"
     ):
         evaluated("fast_linear", "--label_dataset=photo_patches")
+
+
+def test_a_dataset_that_fails_is_left_out_and_those_behind_it_are_not(
+    evaluated, photos, tmp_path, capsys
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    (broken / "val/dark/0.png").write_bytes(b"broken")
+    results = evaluated("transfer", f"--transfer=folder:{broken},folder:{photos}")
+    assert results["student_transfer_datasets"] == results["student_transfer_left_out"] == 1
+    output = capsys.readouterr().out
+    assert re.search("Left out: At most 1.0%.*1 of 8.*broken/val/dark/0.png", output)
+
+
+def test_an_evaluation_that_fails_costs_neither_the_others_nor_the_export(
+    photos, tmp_path, capsys, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(isd_tf.report, "draw_clusters", fail)
+    with pytest.raises(ValueError, match="The evaluation clusters failed: No space left"):
+        call(*small_run(photos, tmp_path, "--epochs=1", "--evaluations=clusters,fast_linear"))
+    assert "student_fast_linear_top1" in results_of(tmp_path)
+    assert (tmp_path / "saved_model" / "1").is_dir()
 
 
 def test_transfer_continues_and_leaves_out_what_cannot_be_had(
@@ -213,7 +280,7 @@ def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path,
     for encoder in ("raw_pixels", "untrained", "student", "teacher"):
         for k in (1, 20):
             assert 0 <= results[f"{encoder}_{k}nn_rare"] <= 1
-    with pytest.raises(ValueError, match="another recipe: --unbalanced=1,1,8 then"):
+    with pytest.raises(ValueError, match="other images: 20 then, 21 of .*unbalanced"):
         call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,9"))
 
 
@@ -238,7 +305,7 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
     run = small_run(photos, tmp_path, "--epochs=1", "--method=byol")
     call(*run, "--evaluations=neighbors,curves,fast_linear", "--stages=pretrain,evaluate")
     output = capsys.readouterr().out
-    assert "byol has no use for --queue_size, --teacher_temperature, --student_temp" in output
+    assert "Of no effect with --method=byol: --queue_size, --teacher_temperature" in output
     assert "Not evaluated: neighbors. --method=byol has no queue." in output
     assert "student_fast_linear_top1" in results_of(tmp_path)
 
@@ -251,7 +318,10 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
         (["--evaluated_encoders=key"], "some of student, teacher, untrained.*key"),
         (["--label_fraction=0"], "greater than 0 and at most 1. Received: 0"),
         (["--label_fraction=1.5"], "greater than 0 and at most 1. Received: 1.5"),
-        (["--label_fraction=0.01"], "Every class needs a labelled image.*dark.*at least 0.05"),
+        (
+            ["--evaluations=linear", "--label_fraction=0.01"],
+            "Every class needs a labelled image.*dark.*at least 0.05",
+        ),
         (["--label_fraction=0.1", "--label_dataset=x"], "either a share or a dataset"),
         (["--linear_learning_rates=0.1,fast"], "must be positive numbers. Received: .*0.1,fast"),
         (["--linear_weight_decays=0"], "must be positive numbers"),
@@ -265,7 +335,12 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
         (["--unbalanced=1,2"], "LARGE,RARE,IMAGES.*Received: 1,2"),
         (["--unbalanced=2,1,1"], "no more classes than there are.*2 classes of"),
         (["--unbalanced=nowhere.txt"], "does not exist.*nowhere.txt"),
-        (["--evaluations=curves", "--compare_with=nowhere"], "nowhere is not the workdir of a run"),
+        (
+            ["--evaluations=curves", "--compare_with=nowhere"],
+            "Received: nowhere, without run.flags",
+        ),
+        (["--transfer=a-b,c,a_b"], "must name datasets apart. Received: a-b, a_b"),
+        (["--evaluations=transfer", "--transfer=folder:gone"], "No such folder.*folder:gone"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(arguments, message, evaluated, photos):

@@ -138,6 +138,34 @@ def test_a_query_whose_class_the_bank_lacks_is_refused():
         knn.knn_accuracy({"x": tf.identity}, bank, queries)
 
 
+def test_an_epoch_that_cannot_be_scored_does_not_end_the_training(capsys):
+    model = isd_tf.ISD(isd_tf.build_encoder("tiny_resnet", 16, 4), None, None, queue_size=16)
+    model.compile(isd_tf.TorchSGD(0.0))
+    images = np.random.default_rng(0).normal(size=(24, 16, 16, 3)).astype(np.float32)
+    bank = tf.data.Dataset.from_tensor_slices((images, np.zeros(24, int))).batch(8)
+    queries = tf.data.Dataset.from_tensor_slices((images[:3], [0, 1, 1])).batch(3)
+    views = bank.map(lambda x, y: {"teacher_view": x, "student_view": x})
+    history = model.fit(views, epochs=2, verbose=0, callbacks=[knn.EvaluateKNN(bank, queries, 1)])
+    assert len(history.history["loss"]) == 2 and "student_1nn" not in history.history
+    assert "Epoch 2 is not scored: Every class that is tested" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("k", [1, 3, 200])
+@pytest.mark.parametrize("distinct", [3, 10**6])
+def test_neighbours_are_those_of_a_stable_sort(k, distinct, monkeypatch):
+    """Chunks of all sizes, many equal similarities, more neighbours than a chunk has rows."""
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(knn, "SMALLEST_PART", 5)
+    random = np.random.default_rng(0)
+    bank = (random.integers(0, distinct, (300, 2)) - distinct // 2).astype(np.float32)
+    queries = random.integers(-3, 4, (20, 2)).astype(np.float32)
+    search = knn._NearestNeighbors(queries, k)
+    for part in np.split(bank, [1, 2, 40, 41, 105, 298]):
+        search.add(part)
+    expected = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(search.rows, expected)
+
+
 @pytest.mark.parametrize(
     ("bank_size", "labels", "feature", "message"),
     [

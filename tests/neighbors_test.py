@@ -4,9 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
 
 import isd_tf
-from isd_tf.datasets import ArrayDataset
+from isd_tf.datasets import ArrayDataset, FileDataset
+from isd_tf.decoding import Unreadable
 from isd_tf.evaluation import neighbors
 from isd_tf.input_pipeline import pretraining_batches
 
@@ -65,6 +68,65 @@ def test_queries_stay_in_order_with_two_different_views(trained):
     np.testing.assert_array_equal(found.query_labels, range(4))
     assert np.abs(found.query_views - found.other_views).max() > 0.1
     np.testing.assert_array_equal(find(trained).query_views, found.query_views)
+
+
+class Streamed(tfds.core.GeneratorBasedBuilder):
+    """Thirty images of two sizes, so that TFDS streams them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(num_classes=30)
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, image in enumerate(images(30, 0).images):
+            yield i, {"image": image[: 10 - i % 2], "label": i}
+
+
+def test_streams_show_their_own_images_and_few_queries(tmp_path):
+    """One query is fewer than the records that would replace an unreadable one."""
+    with tfds.core.registered.skip_registration():
+        kind = type("Streamed", (Streamed,), {})
+    kind(data_dir=str(tmp_path)).download_and_prepare()
+    train = isd_tf.datasets._open_split(kind(data_dir=str(tmp_path)), "train")
+    keras.utils.set_random_seed(0)
+    encoder = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+    model = isd_tf.ISD(encoder, None, None, QUEUE)
+    for batch in pretraining_batches(train, ("weak", "weak"), SIZE, BATCH, SEED).take(4):
+        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1])), batch["label"])
+        model.step.assign_add(1)
+    query = isd_tf.subsets.take(train, np.array([17]), "one")
+    found = find(model, query, train, views=("weak", "weak"))
+    assert found.query_views.shape[0] == 1
+    flat = unit(found.anchor_views.reshape(5, -1))
+    rows = [np.abs(model.queue.read_anchors() - x).max(axis=1).argmin() for x in flat]
+    np.testing.assert_allclose(flat, model.queue.read_anchors().numpy()[rows], atol=1e-5)
+    np.testing.assert_array_equal(model.queue.labels.numpy()[rows], found.anchor_labels[0])
+
+
+def test_images_that_the_training_has_tolerated_are_tolerated(tmp_path):
+    paths = []
+    for i, image in enumerate(images(30, 0).images):
+        paths.append(str(tmp_path / f"{i:02d}.png"))
+        Image.fromarray(image).save(paths[-1])
+    (tmp_path / "07.png").write_bytes(b"broken")
+    train = FileDataset("files", tuple(paths), np.arange(30))
+    encoder = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+    model = isd_tf.ISD(encoder, None, None, QUEUE)
+    tolerant = Unreadable(30, 0.1)
+    recipe = (("weak", "weak"), SIZE, BATCH, SEED)
+    for batch in pretraining_batches(train, *recipe, unreadable=tolerant).take(5):
+        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1])), batch["label"])
+        model.step.assign_add(1)
+    queries = isd_tf.subsets.take(train, np.array([6, 7, 8]), "three")
+    found = find(model, queries, train, views=("weak", "weak"), unreadable=Unreadable(30, 0.1))
+    np.testing.assert_array_equal(found.query_labels, [6, 8])
+    assert 7 not in found.anchor_labels
 
 
 def test_images_without_labels_are_shown_as_well():

@@ -58,6 +58,30 @@ def test_neighbors_stand_beside_their_query_framed_by_class(labelled, tmp_path):
         assert count > 100 if labelled else count == 0
 
 
+def test_what_is_written_and_drawn(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    views = np.array([view(PALETTE[0])])
+    report.draw_neighbors(
+        QueueNeighbors(
+            views, views, views[np.newaxis].repeat(2, 1), np.array([[0.75, 0.125]]),
+            np.array([1]), np.array([[1, 0]]),
+        ),
+        tmp_path,
+        ("cat", "dog"),
+    )  # fmt: skip
+    texts = [axis.texts[0].get_text() for axis in figures[0].axes]
+    assert texts == ["query\ndog", "not compared\nMoCo 1", "ISD 0.75\nMoCo 0", "ISD 0.12\nMoCo 0"]
+    report.draw_curves(
+        {"a": {"student": ([1, 2], [0.1, 0.2]), "teacher": ([1, 2], [0.3, 0.4])}}, ""
+    )
+    student, teacher = figures[1].axes[0].lines
+    np.testing.assert_allclose(student.get_ydata(), [10, 20])
+    np.testing.assert_allclose(teacher.get_ydata(), [30, 40])
+    assert (student.get_linestyle(), teacher.get_linestyle()) == ("--", "-")
+    assert student.get_label() == "a, student" and student.get_color() == teacher.get_color()
+
+
 def test_curves_of_student_and_teacher_are_drawn_for_every_run(tmp_path):
     curve = ([4, 8], [0.5, 0.75])
     runs = {f"run {i}": {"student": curve, "teacher": ([4, 8], [0.6, 0.7])} for i in range(3)}

@@ -1,1 +1,1 @@
-"""Evaluation protocols, one a file. Each is handed encoders and batches, and loads no data."""
+"""Evaluation protocols, one a file, on features of frozen encoders (features.py)."""

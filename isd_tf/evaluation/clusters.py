@@ -35,7 +35,7 @@ def cluster(features: Features, count: int, seed: int) -> Clusters:
             f"k-means needs at least as many images as clusters. Received: {count} clusters for "
             f"{total} images."
         )
-    kmeans = sklearn.cluster.KMeans(count, n_init=1, random_state=seed)
+    kmeans = sklearn.cluster.KMeans(count, n_init=1, random_state=seed, copy_x=False)
     assignments = kmeans.fit_predict(unit_rows(features.values))
     known = features.labels.min() >= 0
     return Clusters(assignments, score(assignments, features.labels) if known else {})

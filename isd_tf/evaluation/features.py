@@ -54,6 +54,8 @@ def extract(
     """
 
     def compute():
+        if not len(dataset):
+            raise ValueError(f"There are no images in {dataset.name}.")
         batches = evaluation_batches(dataset, image_size, BATCH, unreadable)
         for values, labels in in_chunks({encoder.name: encoder}, batches, CHUNK):
             yield values[encoder.name], labels
@@ -95,8 +97,8 @@ def in_chunks(
         Features by name, float32 [c, C], and labels [c].
 
     Raises:
-        ValueError: for images of another size than an encoder takes, features that are not finite,
-            or batches that are empty.
+        ValueError: for images of another size than an encoder takes, or features that are not
+            finite.
     """
 
     @tf.function(reduce_retracing=True)

@@ -20,11 +20,13 @@ from isd_tf.evaluation.features import (
 )
 
 # Queries compared at a time, and bank features gathered before they are compared: a block of
-# similarities takes 64 MB.
-QUERY_BLOCK = 4096
-BANK_CHUNK = 4096
-# Columns of that block whose largest similarity decides whether they are searched.
+# similarities takes 32 MB.
+QUERY_BLOCK = 1024
+BANK_CHUNK = 8192
+# Columns of that block whose largest similarity decides whether they are looked at one by one.
 GROUP = 32
+# Bank features that the first queries' neighbours are taken from.
+SMALLEST_PART = 512
 # Larger views are reduced to this side before their raw pixels are compared.
 RAW_PIXEL_SIZE = 32
 
@@ -150,6 +152,10 @@ class EvaluateKNN(keras.callbacks.Callback):
         except _HurriedError:
             print(f"Epoch {epoch + 1} is not scored: there is no time left.", flush=True)
             return
+        except ValueError as error:
+            # A training is worth more than its curve; the evaluation after it will not be as mild.
+            print(f"Epoch {epoch + 1} is not scored: {error}", flush=True)
+            return
         if logs is not None:
             logs.update(scores)
 
@@ -180,13 +186,15 @@ class _NearestNeighbors:
         ]
 
     def add(self, features: np.ndarray) -> None:
-        rows = tf.range(self.seen, self.seen + len(features), dtype=tf.int64)
-        features = tf.constant(features)
-        self.best = [
-            _merge(block, *best, features, rows)
-            for block, best in zip(self.queries, self.best, strict=True)
-        ]
-        self.seen += len(features)
+        first = 0
+        while first < len(features):
+            # Not many more than were seen: few of them are nearer than the k-th best so far.
+            part = tf.constant(features[first : first + max(SMALLEST_PART, 3 * self.seen)])
+            self.best = [
+                _merge(block, *best, part, tf.constant(self.seen, tf.int64))
+                for block, best in zip(self.queries, self.best, strict=True)
+            ]
+            first, self.seen = first + len(part), self.seen + len(part)
 
     @property
     def rows(self) -> np.ndarray:
@@ -195,30 +203,30 @@ class _NearestNeighbors:
 
 
 @tf.function(reduce_retracing=True)
-def _merge(queries, best_similarities, best_rows, features, rows):
-    """The k best of those so far and of a chunk's.
+def _merge(queries, best_similarities, best_rows, features, seen):
+    """The k best of those so far and of a chunk's, whose first row is `seen`.
 
-    top_k takes long over all columns, so that only k groups of consecutive columns are searched,
-    those with the largest maxima: each has a similarity that goes before any of another group.
+    Most of a chunk is further away than the k-th best so far. Looking through all columns for the
+    rest takes longer than looking through the largest of each group first.
     """
-    k = tf.shape(best_rows)[1]
+    kth_best = best_similarities[:, -1]  # [Q]
     similarities = tf.matmul(queries, features, transpose_b=True)  # [Q, c]
-    padding = -tf.shape(rows)[0] % GROUP
-    similarities = tf.pad(similarities, [[0, 0], [0, padding]], constant_values=-np.inf)
+    padding = [[0, 0], [0, -tf.shape(features)[0] % GROUP]]
+    similarities = tf.pad(similarities, padding, constant_values=-np.inf)
     groups = tf.reshape(similarities, [tf.shape(queries)[0], -1, GROUP])
-    maxima = tf.reduce_max(groups, axis=2)
-    # Nor is a group needed without anything better than the k-th best so far: later chunks have few
-    # others.
-    better = tf.math.count_nonzero(maxima > best_similarities[:, -1:], axis=1, dtype=tf.int32)
-    chosen = tf.math.top_k(maxima, tf.minimum(k, tf.reduce_max(better))).indices  # [Q, n]
+    query_and_group = tf.where(tf.reduce_max(groups, axis=2) > kth_best[:, tf.newaxis])  # [G, 2]
+    members = tf.gather_nd(groups, query_and_group)  # [G, GROUP]
+    threshold = tf.gather(kth_best, query_and_group[:, 0])
+    group_and_member = tf.where(members > threshold[:, tf.newaxis])  # [N, 2] the nearer ones
+    query, group = tf.unstack(tf.gather(query_and_group, group_and_member[:, 0]), axis=1)
+    rows = seen + group * GROUP + group_and_member[:, 1]
+
+    def of_queries(values, filling):
+        count = tf.shape(queries, tf.int64)[0]
+        return tf.RaggedTensor.from_value_rowids(values, query, count).to_tensor(filling)
+
     # Earlier rows stand first, so that equal similarities keep the bank's order.
-    chosen = tf.sort(chosen, axis=1)
-    candidates = tf.gather(groups, chosen, batch_dims=1)  # [Q, n, GROUP]
-    candidates = tf.reshape(candidates, [tf.shape(queries)[0], tf.shape(chosen)[1] * GROUP])
-    best = tf.math.top_k(tf.concat([best_similarities, candidates], axis=1), k)
-    # The rows so far, then the first one of each group.
-    first_rows = tf.concat([best_rows, tf.gather(rows[::GROUP], chosen)], axis=1)
-    column = best.indices - k  # negative for one of the best so far
-    source = tf.where(column < 0, best.indices, k + column // GROUP)
-    offset = tf.where(column < 0, 0, column % GROUP)
-    return best.values, tf.gather(first_rows, source, batch_dims=1) + tf.cast(offset, tf.int64)
+    nearer = of_queries(tf.gather_nd(members, group_and_member), -np.inf)
+    best = tf.math.top_k(tf.concat([best_similarities, nearer], axis=1), tf.shape(best_rows)[1])
+    candidate_rows = tf.concat([best_rows, of_queries(rows, -1)], axis=1)
+    return best.values, tf.gather(candidate_rows, best.indices, batch_dims=1)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import subsets
+from isd_tf import augment
 from isd_tf.datasets import Dataset
+from isd_tf.decoding import Unreadable
 from isd_tf.feature_queue import UNKNOWN_LABEL
-from isd_tf.input_pipeline import pretraining_batches
+from isd_tf.input_pipeline import pretraining_batches, readable_images
 from isd_tf.student_teacher import StudentTeacher
 
 
@@ -37,6 +38,7 @@ def find(
     global_batch_size: int,
     seed: int,
     neighbors: int,
+    unreadable: Unreadable | None = None,
 ) -> QueueNeighbors:
     """Finds the anchors nearest to each query's embedding, and the views that they came from.
 
@@ -45,9 +47,10 @@ def find(
     Args:
         model: with a queue, as the training left it.
         temperature: divides the similarities.
-        queries: Q images.
+        queries: Q images; those that cannot be read are left out.
         train, views, image_size, global_batch_size, seed: of the training.
         neighbors: n, at most the anchors.
+        unreadable: counts training images that cannot be read, which the next ones replaced.
 
     Raises:
         ValueError: when the queue is not yet full of images, or was filled with others.
@@ -61,15 +64,7 @@ def find(
             f"The queue must be full of images. Received: {enqueued} after step {step}, of {size}. "
             "Train on, or use a smaller --queue_size."
         )
-
-    def two_views(i):
-        query = subsets.take(queries, np.array([i]), "a query")
-        return next(iter(pretraining_batches(query, views, image_size, 1, seed + i)))
-
-    pairs = [two_views(i) for i in range(len(queries))]
-    query_views, other_views = (
-        np.concatenate([pair[f"{who}_view"] for pair in pairs]) for who in ("teacher", "student")
-    )
+    query_views, other_views, query_labels = _two_views(queries, views, image_size, seed)
     embeddings = _embed(model, query_views)  # [Q, D]
     similarities = tf.matmul(embeddings, model.queue.read_anchors(), transpose_b=True)  # [Q, K]
     best = tf.math.top_k(tf.nn.softmax(similarities / temperature), min(neighbors, size))
@@ -78,13 +73,14 @@ def find(
     # Where in the training, counted in images, each row was last written.
     places = enqueued - 1 - (enqueued - 1 - rows) % size  # [Q, n]
     first_step = int(places.min()) // global_batch_size
-    batches = pretraining_batches(train, views, image_size, global_batch_size, seed, first_step)
+    batches = pretraining_batches(
+        train, views, image_size, global_batch_size, seed, first_step, unreadable
+    )
     wanted, found = set(places.flat), {}
     for number, batch in zip(range(first_step, step), batches, strict=False):
-        for place in wanted & set(
-            range(number * global_batch_size, (number + 1) * global_batch_size)
-        ):
-            found[place] = _row(batch, place % global_batch_size)
+        first = number * global_batch_size
+        for place in wanted & set(range(first, first + global_batch_size)):
+            found[place] = _row(batch, place - first)
     anchor_labels = model.queue.labels.numpy()[rows]
     for place, expected in zip(places.flat, anchor_labels.flat, strict=True):
         _, label = found[place]
@@ -99,9 +95,25 @@ def find(
         other_views,
         np.array([[found[place][0] for place in of_query] for of_query in places]),
         best.values.numpy(),
-        np.array([_row(pair, 0)[1] for pair in pairs]),
+        query_labels,
         anchor_labels,
     )
+
+
+def _two_views(queries, views, image_size, seed):
+    """Draws a view for the teacher and one for the student of each query, by its number."""
+    pairs, labels = [], []
+    for number, (images, label) in enumerate(readable_images(queries, Unreadable(len(queries), 1))):
+        seeds = (tf.constant([[2 * seed + view, number]], tf.int64) for view in (0, 1))
+        pairs.append(
+            [
+                augment.RECIPES[recipe](images, of_view, image_size)
+                for recipe, of_view in zip(views, seeds, strict=True)
+            ]
+        )
+        labels.append(int(label[0]))
+    query_views, other_views = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return query_views, other_views, np.array(labels)
 
 
 def _row(batch, i):

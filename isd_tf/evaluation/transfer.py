@@ -8,6 +8,7 @@ Source: paper table 2, which does not publish its grid; this one is that of Korn
 2019, and BYOL's appendix D: L-BFGS, 45 values from 1e-6 to 1e5 by equal ratios.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,8 +59,14 @@ class Splits(NamedTuple):
 
 
 def task_of(name: str) -> Task:
-    """Returns the task of a name: one of PAPER_TASKS, a TFDS name, or folder:PATH."""
-    return PAPER_TASKS.get(name, Task(name))
+    """Returns the task of a name: one of PAPER_TASKS or its TFDS name, another, or folder:PATH."""
+    by_source = {task.source: task for task in PAPER_TASKS.values()}
+    return PAPER_TASKS.get(name) or by_source.get(name) or Task(name)
+
+
+def score_name(name: str) -> str:
+    """What a task is called in the names of scores: letters, digits and underscores."""
+    return re.sub(r"\W+", "_", name)
 
 
 def load(task: Task, data_dir: str | None, seed: int) -> Splits:
