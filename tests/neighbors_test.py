@@ -70,7 +70,7 @@ def test_queries_stay_in_order_with_two_different_views(trained):
     np.testing.assert_array_equal(find(trained).query_views, found.query_views)
 
 
-class Streamed(tfds.core.GeneratorBasedBuilder):
+class QueuedImages(tfds.core.GeneratorBasedBuilder):
     """Thirty images of two sizes, so that TFDS streams them."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -91,7 +91,7 @@ class Streamed(tfds.core.GeneratorBasedBuilder):
 def test_streams_show_their_own_images_and_few_queries(tmp_path):
     """One query is fewer than the records that would replace an unreadable one."""
     with tfds.core.registered.skip_registration():
-        kind = type("Streamed", (Streamed,), {})
+        kind = type("QueuedImages", (QueuedImages,), {})
     kind(data_dir=str(tmp_path)).download_and_prepare()
     train = isd_tf.datasets._open_split(kind(data_dir=str(tmp_path)), "train")
     keras.utils.set_random_seed(0)
