@@ -118,6 +118,7 @@ class EvaluateKNN(keras.callbacks.Callback):
     """Scores student and teacher every few epochs by 1-NN and 20-NN, as the paper's figure 2.
 
     The scores join the epoch's logs, and so the History, under knn_accuracy's names.
+    Where knn_accuracy refuses to score, it is printed why, and the training goes on.
 
     Args:
         bank, queries: as in `knn_accuracy`.
