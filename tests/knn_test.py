@@ -152,15 +152,15 @@ def test_an_epoch_that_cannot_be_scored_does_not_end_the_training(capsys):
 
 @pytest.mark.parametrize("k", [1, 3, 200])
 @pytest.mark.parametrize("distinct", [3, 10**6])
-def test_neighbours_are_those_of_a_stable_sort(k, distinct, monkeypatch):
+@pytest.mark.parametrize("ends", [[1, 2, 40, 41, 105, 298], [250], []])
+def test_neighbours_are_those_of_a_stable_sort(k, distinct, ends, monkeypatch):
     """Chunks of all sizes, many equal similarities, more neighbours than a chunk has rows."""
     monkeypatch.setattr(knn, "QUERY_BLOCK", 7)
-    monkeypatch.setattr(knn, "SMALLEST_PART", 5)
     random = np.random.default_rng(0)
     bank = (random.integers(0, distinct, (300, 2)) - distinct // 2).astype(np.float32)
     queries = random.integers(-3, 4, (20, 2)).astype(np.float32)
     search = knn._NearestNeighbors(queries, k)
-    for part in np.split(bank, [1, 2, 40, 41, 105, 298]):
+    for part in np.split(bank, ends):
         search.add(part)
     expected = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(search.rows, expected)
@@ -190,3 +190,10 @@ def test_float64_encoders_are_accepted(float64):
     encoder = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     data = batches(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30), 8)
     assert knn.knn_accuracy({"x": encoder}, data, data)["x_1nn"] == 1.0
+
+
+def test_neighbours_at_a_right_angle_are_found():
+    """The first chunk's bound is then exactly zero, and what equals it counts."""
+    search = knn._NearestNeighbors(np.eye(4, dtype=np.float32)[:1], 3)
+    search.add(np.eye(4, dtype=np.float32)[[1, 2, 0, 3]])
+    np.testing.assert_array_equal(search.rows, [[2, 0, 1]])

@@ -20,13 +20,11 @@ from isd_tf.evaluation.features import (
 )
 
 # Queries compared at a time, and bank features gathered before they are compared: a block of
-# similarities takes 32 MB.
-QUERY_BLOCK = 1024
+# similarities takes 64 MB.
+QUERY_BLOCK = 2048
 BANK_CHUNK = 8192
 # Columns of that block whose largest similarity decides whether they are looked at one by one.
-GROUP = 32
-# Bank features that the first queries' neighbours are taken from.
-SMALLEST_PART = 512
+GROUP = 64
 # Larger views are reduced to this side before their raw pixels are compared.
 RAW_PIXEL_SIZE = 32
 
@@ -187,15 +185,12 @@ class _NearestNeighbors:
         ]
 
     def add(self, features: np.ndarray) -> None:
-        first = 0
-        while first < len(features):
-            # Not many more than were seen: few of them are nearer than the k-th best so far.
-            part = tf.constant(features[first : first + max(SMALLEST_PART, 3 * self.seen)])
-            self.best = [
-                _merge(block, *best, part, tf.constant(self.seen, tf.int64))
-                for block, best in zip(self.queries, self.best, strict=True)
-            ]
-            first, self.seen = first + len(part), self.seen + len(part)
+        part, seen = tf.convert_to_tensor(features), tf.constant(self.seen, tf.int64)
+        self.best = [
+            _merge(block, *best, part, seen, is_first=self.seen == 0)
+            for block, best in zip(self.queries, self.best, strict=True)
+        ]
+        self.seen += len(features)
 
     @property
     def rows(self) -> np.ndarray:
@@ -204,21 +199,28 @@ class _NearestNeighbors:
 
 
 @tf.function(reduce_retracing=True)
-def _merge(queries, best_similarities, best_rows, features, seen):
+def _merge(queries, best_similarities, best_rows, features, seen, is_first):
     """The k best of those so far and of a chunk's, whose first row is `seen`.
 
-    Most of a chunk is further away than the k-th best so far. Looking through all columns for the
-    rest takes longer than looking through the largest of each group first.
+    Most of a chunk is further away than the k-th best so far (in the first chunk: than the largest
+    of the k-th best group). Looking through all columns for the rest takes longer than looking
+    through the largest of each group first.
     """
-    kth_best = best_similarities[:, -1]  # [Q]
+    k = tf.shape(best_rows)[1]
     similarities = tf.matmul(queries, features, transpose_b=True)  # [Q, c]
     padding = [[0, 0], [0, -tf.shape(features)[0] % GROUP]]
     similarities = tf.pad(similarities, padding, constant_values=-np.inf)
     groups = tf.reshape(similarities, [tf.shape(queries)[0], -1, GROUP])
-    query_and_group = tf.where(tf.reduce_max(groups, axis=2) > kth_best[:, tf.newaxis])  # [G, 2]
+    largest = tf.reduce_max(groups, axis=2)
+    if is_first:
+        k_largest = tf.math.top_k(tf.concat([best_similarities, largest], axis=1), k).values
+        kth_best, may_be_near = k_largest[:, -1], tf.greater_equal
+    else:
+        kth_best, may_be_near = best_similarities[:, -1], tf.greater  # An equal one comes later.
+    query_and_group = tf.where(may_be_near(largest, kth_best[:, tf.newaxis]))  # [G, 2]
     members = tf.gather_nd(groups, query_and_group)  # [G, GROUP]
     threshold = tf.gather(kth_best, query_and_group[:, 0])
-    group_and_member = tf.where(members > threshold[:, tf.newaxis])  # [N, 2] the nearer ones
+    group_and_member = tf.where(may_be_near(members, threshold[:, tf.newaxis]))  # [N, 2]
     query, group = tf.unstack(tf.gather(query_and_group, group_and_member[:, 0]), axis=1)
     rows = seen + group * GROUP + group_and_member[:, 1]
 
@@ -228,6 +230,6 @@ def _merge(queries, best_similarities, best_rows, features, seen):
 
     # Earlier rows stand first, so that equal similarities keep the bank's order.
     nearer = of_queries(tf.gather_nd(members, group_and_member), -np.inf)
-    best = tf.math.top_k(tf.concat([best_similarities, nearer], axis=1), tf.shape(best_rows)[1])
+    best = tf.math.top_k(tf.concat([best_similarities, nearer], axis=1), k)
     candidate_rows = tf.concat([best_rows, of_queries(rows, -1)], axis=1)
     return best.values, tf.gather(candidate_rows, best.indices, batch_dims=1)
