@@ -173,7 +173,6 @@ class _NearestNeighbors:
     """The k most similar bank rows of each query, kept while the bank streams past."""
 
     def __init__(self, queries: np.ndarray, k: int):
-        self.k = k
         self.seen = 0
         self.queries = [
             tf.constant(queries[first : first + QUERY_BLOCK])
