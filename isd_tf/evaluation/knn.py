@@ -185,10 +185,7 @@ class _NearestNeighbors:
 
     def add(self, features: np.ndarray) -> None:
         part, seen = tf.convert_to_tensor(features), tf.constant(self.seen, tf.int64)
-        self.best = [
-            _merge(block, *best, part, seen, is_first=self.seen == 0)
-            for block, best in zip(self.queries, self.best, strict=True)
-        ]
+        self.best = _merge(self.queries, self.best, part, seen, is_first=self.seen == 0)
         self.seen += len(features)
 
     @property
@@ -198,8 +195,22 @@ class _NearestNeighbors:
 
 
 @tf.function(reduce_retracing=True)
-def _merge(queries, best_similarities, best_rows, features, seen, is_first):
-    """The k best of those so far and of a chunk's, whose first row is `seen`.
+def _merge(blocks, best, features, seen, is_first):
+    """The k best of those so far and of a chunk's, whose first row is `seen`, for all blocks.
+
+    One graph for all saves 3% of the time; one after another, they need the memory of one.
+    """
+    merged = []
+    for queries, (best_similarities, best_rows) in zip(blocks, best, strict=True):
+        with tf.control_dependencies(merged[-1] if merged else ()):
+            merged.append(
+                _merge_block(queries, best_similarities, best_rows, features, seen, is_first)
+            )
+    return merged
+
+
+def _merge_block(queries, best_similarities, best_rows, features, seen, is_first):
+    """One block's part of it.
 
     Most of a chunk is further away than the k-th best so far (in the first chunk: than the largest
     of the k-th best group). Looking through all columns for the rest takes longer than looking
@@ -222,13 +233,10 @@ def _merge(queries, best_similarities, best_rows, features, seen, is_first):
     group_and_member = tf.where(may_be_near(members, threshold[:, tf.newaxis]))  # [N, 2]
     query, group = tf.unstack(tf.gather(query_and_group, group_and_member[:, 0]), axis=1)
     rows = seen + group * GROUP + group_and_member[:, 1]
-
-    def of_queries(values, filling):
-        count = tf.shape(queries, tf.int64)[0]
-        return tf.RaggedTensor.from_value_rowids(values, query, count).to_tensor(filling)
-
     # Earlier rows stand first, so that equal similarities keep the bank's order.
-    nearer = of_queries(tf.gather_nd(members, group_and_member), -np.inf)
-    best = tf.math.top_k(tf.concat([best_similarities, nearer], axis=1), k)
-    candidate_rows = tf.concat([best_rows, of_queries(rows, -1)], axis=1)
+    count = tf.shape(queries, tf.int64)[0]
+    values = tf.gather_nd(members, group_and_member)
+    nearer = tf.RaggedTensor.from_value_rowids(values, query, count, validate=False)
+    best = tf.math.top_k(tf.concat([best_similarities, nearer.to_tensor(-np.inf)], axis=1), k)
+    candidate_rows = tf.concat([best_rows, nearer.with_values(rows).to_tensor(-1)], axis=1)
     return best.values, tf.gather(candidate_rows, best.indices, batch_dims=1)
