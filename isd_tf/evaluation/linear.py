@@ -46,7 +46,7 @@ THREADED_FROM = 10**9
 
 
 # Tried where few images are labelled: nothing is published.
-FEW_LABELS_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+FEW_LABELS_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FEW_LABELS_WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
