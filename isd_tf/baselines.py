@@ -70,16 +70,14 @@ class MoCoV2(StudentTeacher):
             student_embeddings = self.embed_student(batch["student_view"])  # [b, D] unit rows
             contrast = losses.info_nce(
                 student_embeddings, teacher_embeddings, anchors, self.temperature
-            )  # [b] nats
-            loss = tf.reduce_mean(contrast)
+            )
+            loss = tf.reduce_mean(contrast.cross_entropy)
         self.update_student(tape, loss)
         self.update_teacher()
 
-        positive = tf.reduce_sum(student_embeddings * teacher_embeddings, axis=1)  # [b]
-        hardest = tf.reduce_max(tf.matmul(student_embeddings, anchors, transpose_b=True), axis=1)
         monitored = {
             "loss": loss,
-            "contrast_accuracy": tf.reduce_mean(tf.cast(positive > hardest, tf.float32)),
+            "contrast_accuracy": tf.reduce_mean(tf.cast(contrast.is_nearest, tf.float32)),
         }
         if labels is not None:
             similarities = tf.matmul(teacher_embeddings, anchors, transpose_b=True)  # [b, K]

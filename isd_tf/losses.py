@@ -13,12 +13,19 @@ STREAMED_FROM = 2**25
 CHUNK = 2048
 
 
+class Contrast(NamedTuple):
+    """What telling an image's own teacher embedding from the anchors gives."""
+
+    cross_entropy: tf.Tensor  # [B] nats, the loss
+    is_nearest: tf.Tensor  # bool [B]: the own one is nearer than every anchor
+
+
 def info_nce(
     student_embeddings: tf.Tensor,
     teacher_embeddings: tf.Tensor,
     anchors: tf.Tensor,
     temperature: float,
-) -> tf.Tensor:
+) -> Contrast:
     """Cross-entropy of telling an image's own teacher embedding from the anchors.
 
     -log(exp(q.k / T) / (exp(q.k / T) + sum_i exp(q.a_i / T))): every anchor is equally negative. No
@@ -31,7 +38,7 @@ def info_nce(
         temperature: positive T.
 
     Returns:
-        Nats, [B].
+        Cross-entropy in nats, and whether the own embedding is the nearest, each [B].
 
     Source: He et al., MoCo, CVPR 2020, equation 1.
     """
@@ -40,7 +47,10 @@ def info_nce(
     positive = tf.reduce_sum(queries * teacher_embeddings, axis=1)  # [B]
     negative = tf.matmul(queries, tf.stop_gradient(anchors), transpose_b=True)  # [B, K]
     logits = tf.concat([positive[:, tf.newaxis], negative], axis=1)  # [B, 1 + K]
-    return tf.reduce_logsumexp(logits, axis=1) - positive
+    return Contrast(
+        cross_entropy=tf.reduce_logsumexp(logits, axis=1) - positive,
+        is_nearest=positive > tf.reduce_max(negative, axis=1),
+    )
 
 
 def squared_distance(student_embeddings: tf.Tensor, teacher_embeddings: tf.Tensor) -> tf.Tensor:
