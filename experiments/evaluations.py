@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import keras
@@ -100,6 +101,11 @@ class Run(NamedTuple):
     def step(self) -> int:
         return self.checkpoints.step
 
+    def explaining(self):
+        """Explains errors by the unreadable images that are met inside."""
+        self.counters.clear()
+        return explaining(self.counters)
+
     def counter(self, dataset: Dataset) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
         self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable))
@@ -153,8 +159,13 @@ def check_flags():
         )
     if "transfer" in FLAGS.evaluations and not FLAGS.transfer:
         raise ValueError("--evaluations=transfer needs datasets. Received: an empty --transfer.")
-    names = [transfer.score_name(name) for name in FLAGS.transfer]
-    same = [name for name in FLAGS.transfer if names.count(transfer.score_name(name)) > 1]
+    names = list(map(transfer.score_name, FLAGS.transfer))
+    sources = list(map(_source, FLAGS.transfer))
+    same = [
+        name
+        for name, score_name, source in zip(FLAGS.transfer, names, sources, strict=True)
+        if names.count(score_name) > 1 or sources.count(source) > 1
+    ]
     if same:
         raise ValueError(f"--transfer must name datasets apart. Received: {', '.join(same)}.")
     folders = [name.removeprefix("folder:") for name in FLAGS.transfer if "folder:" in name]
@@ -166,6 +177,13 @@ def check_flags():
             raise FileNotFoundError(
                 f"--compare_with must name workdirs of runs. Received: {path}, without run.flags."
             )
+
+
+def _source(name):
+    """What a name of --transfer stands for, however it is spelled."""
+    source = transfer.task_of(name).source
+    _, is_folder, path = source.partition("folder:")
+    return os.path.realpath(path) if is_folder else source
 
 
 def _numbers(name, kind):
@@ -209,21 +227,30 @@ def evaluate(run: Run) -> list[str]:
         What went wrong, a sentence for each evaluation that failed: the others are done all the
         same, and so is what comes after a long training.
     """
+    for leftover in (run.workdir / "features").glob("unfinished-*"):
+        shutil.rmtree(leftover)  # Of a call that was killed: the workdir is this one's.
     failures = []
     for name in FLAGS.evaluations:
-        reason = _reason_not_to(name, run)
-        if reason and FLAGS.stages != ["evaluate"]:
-            say(f"Not evaluated: {name}. {reason}")
-            continue
         try:
+            reason = _reason_not_to(name, run)
+            if reason and "pretrain" in FLAGS.stages:
+                say(f"Not evaluated: {name}. {reason}")
+                continue
             if reason:
                 raise ValueError(reason)
-            with explaining(run.counters):
+            with run.explaining():
                 EVALUATIONS[name](run)
-        except (ValueError, OSError) as error:
-            failures.append(f"The evaluation {name} failed: {error}")
+        except (ValueError, OSError, tf.errors.OpError) as error:
+            failures.append(f"The evaluation {name} failed: {_sentence(error)}")
             say(failures[-1])
     return failures
+
+
+def _sentence(error):
+    """What an error says, without the many lines of TensorFlow's."""
+    if isinstance(error, tf.errors.OpError):
+        return f"{type(error).__name__}: {error.message.splitlines()[0]}"
+    return str(error)
 
 
 def _reason_not_to(name, run):
@@ -235,6 +262,8 @@ def _reason_not_to(name, run):
         return f"{bank.name} has no classes to take their number from. Pass --clusters."
     if name == "neighbors" and not hasattr(run.model, "queue"):
         return f"--method={FLAGS.method} has no queue."
+    if name == "neighbors" and workdirs.used_data_service(run.workdir):
+        return "The training's --data_service gave the images an order that cannot be repeated."
     if name == "neighbors" and run.step * FLAGS.batch_size < FLAGS.queue_size:
         return f"The queue is not full of images after {run.step} steps."
     if name == "curves":
@@ -276,7 +305,9 @@ def evaluate_knn(run: Run) -> None:
     scores = isd_tf.knn_accuracy(contestants, *batches, rare_labels=rare)
     say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(bank)}:")
     columns = {"1nn": "1-NN", "20nn": "20-NN"}
-    if rare:
+    if rare and "student_1nn_rare" not in scores:
+        say(f"{test.name} has no images of the rare classes.")
+    elif rare:
         columns |= {"1nn_rare": "1-NN rare", "20nn_rare": "20-NN rare"}
     say(" " * 20 + "".join(f"{title:>12}" for title in columns.values()))
     for name in contestants:
@@ -297,9 +328,10 @@ def evaluate_linear(run: Run) -> None:
 
         def report_epoch(epoch, losses):
             if epoch % 5 == 4:
+                of_several = f", the lowest of {len(losses)} settings" if len(losses) > 1 else ""
                 say(
                     f"  linear: epoch {epoch + 1} of {FLAGS.linear_epochs}, mean cross-entropy "
-                    f"{losses.mean():.4f}"
+                    f"{np.fmin.reduce(losses):.4f}{of_several}"
                 )
 
         return linear.train(
@@ -397,20 +429,23 @@ def _labelled_images(bank):
 
 def evaluate_transfer(run: Run) -> None:
     accuracies, left_out = {name: [] for name in FLAGS.evaluated_encoders}, {}
+    for encoder_name in accuracies:
+        workdirs.forget(run.workdir, f"{encoder_name}_transfer_")
     for name in FLAGS.transfer:
         task = transfer.task_of(name)
         say(f"Transfer to {name} ({task.source}).")
         try:
-            with explaining(run.counters):
+            with run.explaining():
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies
                 ]
-        except (ValueError, OSError) as error:
-            left_out[name] = str(error)
+        # No other OSError: a full disk is no reason to leave a dataset out.
+        except (ValueError, FileNotFoundError, PermissionError, tf.errors.OpError) as error:
+            left_out[name] = _sentence(error)
             say(
-                f"  Left out: {error}\n  (Here --tfds_data_dir names TFDS' folder, and "
+                f"  Left out: {left_out[name]}\n  (Here --tfds_data_dir names TFDS' folder, and "
                 "folder:PATH among --transfer a folder.)"
             )
             continue

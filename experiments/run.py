@@ -31,6 +31,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
+from evaluations import say  # noqa: E402
 
 import isd_tf  # noqa: E402
 from isd_tf import checkpoints as checkpointing  # noqa: E402
@@ -349,7 +350,6 @@ def choose_devices():
         cpu = tf.config.list_physical_devices("CPU")[0]
         parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus
         tf.config.set_logical_device_configuration(cpu, parts)
-    keras.utils.set_random_seed(FLAGS.seed)
     keras.config.set_dtype_policy(FLAGS.precision)
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -489,6 +489,7 @@ def begin_or_continue(workdir, checkpoints, train):
 
 def build_model(strategy, steps_per_epoch):
     synchronized, groups = batch_norm()
+    keras.utils.set_random_seed(FLAGS.seed)
     with strategy.scope():
         encoder = isd_tf.build_encoder(
             FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
@@ -590,10 +591,6 @@ def knn_callback(run, stop):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]
-
-
-def say(text):
-    print(text, flush=True)
 
 
 def readable_errors(argv):

@@ -81,11 +81,31 @@ def record(workdir: pathlib.Path, results: dict[str, float], step: int) -> pathl
     return path
 
 
+def forget(workdir: pathlib.Path, prefix: str) -> None:
+    """Removes the figures whose names begin by `prefix` from results.json."""
+    path = workdir / "results.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+        write_json(path, {k: v for k, v in results.items() if not k.startswith(prefix)})
+
+
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes a JSON file beside its place and renames it: whoever reads it finds it whole."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
+
+
+def used_data_service(workdir: pathlib.Path) -> bool:
+    """Whether the run was begun with a data service."""
+    return bool(_flag(workdir, "data_service"))
+
+
+def _flag(workdir, name):
+    """A flag's value as the run was begun, or None."""
+    lines = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
+    start = f"--{name}="
+    return next((line.removeprefix(start) for line in lines if line.startswith(start)), None)
 
 
 def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -99,14 +119,12 @@ def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[floa
     """
     if not (workdir / "run.flags").exists():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no run.flags.")
-    lines = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
-    batch_size = next(int(x.split("=")[1]) for x in lines if x.startswith("--batch_size="))
+    batch_size = int(_flag(workdir, "batch_size"))
     images = json.loads((workdir / "dataset.json").read_text())["images"]
     curves = {"student": {}, "teacher": {}}
     # A continued run has several files, and the later ones know better.
     for path in sorted((workdir / "logs").glob("events.*"), key=os.path.getmtime):
-        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
+        for event in _whole_events(path):
             for value in event.summary.value:
                 for encoder, points in curves.items():
                     if value.tag == f"epoch/{encoder}_1nn":
@@ -118,3 +136,11 @@ def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[floa
             "labelled images that have a test split."
         )
     return {name: tuple(zip(*sorted(curve.items()), strict=True)) for name, curve in curves.items()}
+
+
+def _whole_events(path):
+    """The events of a log, up to one that a kill or a full disk has cut off."""
+    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    with contextlib.suppress(tf.errors.DataLossError):
+        for record in records:
+            yield tf.compat.v1.Event.FromString(record)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from isd_tf import losses
 from isd_tf.distribution import gather_across_replicas
-from isd_tf.feature_queue import PURITY_NEIGHBORS, FeatureQueue
+from isd_tf.feature_queue import FeatureQueue
 from isd_tf.student_teacher import StudentTeacher, embedding_std
 
 
@@ -81,7 +81,7 @@ class MoCoV2(StudentTeacher):
         }
         if labels is not None:
             similarities = tf.matmul(teacher_embeddings, anchors, transpose_b=True)  # [b, K]
-            nearest = tf.math.top_k(similarities, PURITY_NEIGHBORS).indices  # [b, 5]
+            nearest = tf.math.top_k(similarities, self.queue.purity_neighbors).indices
             monitored["purity"] = self.queue.purity(nearest, labels)
 
         # Last, so that a batch is never among its own negatives.

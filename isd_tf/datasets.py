@@ -349,6 +349,11 @@ def _load_tfds(name, train_split, test_split, data_dir):
             + f" Known are {', '.join(known)} and the {len(names) - len(known)} names of "
             f"TensorFlow Datasets, from {names[len(known)]} to {names[-1]}."
         ) from None
+    except Exception as error:  # Whatever versions, configurations and namespaces raise.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(
+            f"TensorFlow Datasets cannot open this dataset ({reason}). Received: {name!r}."
+        ) from error
     if not _is_prepared(builder):
         _prepare(builder, data_dir)
         builder = tfds.builder(name, data_dir=data_dir)
@@ -393,8 +398,9 @@ def _prepare(builder, data_dir):
         raise FileNotFoundError(
             f"The dataset {builder.name} is not prepared in {builder.data_dir}, and TensorFlow "
             f"Datasets could not prepare it ({reason}). Prepare it where its files are to be had "
-            f"(`tfds build {builder.name}` says how) and pass TFDS' folder as --data_dir; or use "
-            "a folder with train/ and val/ inside: --dataset=folder --data_dir=PATH."
+            f"(`tfds build {builder.name}` says how) and pass TFDS' folder as --data_dir (of "
+            "--transfer and --label_dataset: --tfds_data_dir); or use a folder with train/ and "
+            "val/ inside: --dataset=folder --data_dir=PATH."
         ) from error
 
 

@@ -63,6 +63,11 @@ class FeatureQueue(keras.layers.Layer):
         # A sparse read: after a scatter update a dense read would copy the variable once more.
         return tf.gather(self.rows.value, tf.range(self.size))
 
+    @property
+    def purity_neighbors(self) -> int:
+        """How many nearest rows `purity` is about: five, of fewer rows all."""
+        return min(PURITY_NEIGHBORS, self.size)
+
     def purity(self, nearest: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         """Share of the nearest rows that carry the image's label; unknown labels never match.
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from isd_tf import losses
 from isd_tf.distribution import gather_across_replicas
-from isd_tf.feature_queue import PURITY_NEIGHBORS, FeatureQueue
+from isd_tf.feature_queue import FeatureQueue
 from isd_tf.student_teacher import StudentTeacher, embedding_std
 
 
@@ -88,7 +88,7 @@ class ISD(StudentTeacher):
                 anchors,
                 self.student_temperature,
                 self.teacher_temperature,
-                neighbors=0 if labels is None else PURITY_NEIGHBORS,
+                neighbors=0 if labels is None else self.queue.purity_neighbors,
             )
             loss = tf.reduce_mean(distillation.divergence)
         self.update_student(tape, loss)

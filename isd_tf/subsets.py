@@ -68,14 +68,17 @@ def rows_of_fraction(dataset: Dataset, fraction: float, seed: int) -> np.ndarray
             raise ValueError(
                 f"Every class needs a labelled image. Received: {fraction:g} of the {count} images "
                 f"of {_class_name(dataset, label)} in {dataset.name}, which is none. Use at least "
-                f"{_smallest_fraction(labels):.2g}."
+                f"{_smallest_fraction(labels):g}."
             )
         rows.append(random.permutation(np.flatnonzero(labels == label))[:wanted])
     return np.sort(np.concatenate(rows))
 
 
 def _smallest_fraction(labels):
-    return np.ceil(50 / np.bincount(labels)[np.unique(labels)].min()) / 100
+    """That leaves every class an image, rounded up to two digits."""
+    least = 0.5 / np.unique(labels, return_counts=True)[1].min()
+    scale = 10.0 ** (1 - np.floor(np.log10(least)))
+    return np.ceil(least * scale - 1e-9) / scale
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """The evaluate stage as users run it, on a small run that is trained once."""
 
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -12,7 +14,8 @@ import tensorflow as tf
 from PIL import Image
 
 import isd_tf
-from isd_tf.evaluation import features, transfer
+from isd_tf.evaluation import features, linear, transfer
+from isd_tf.input_pipeline import probe_batches
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -27,7 +30,7 @@ NAMES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/evaluation.md").read_text(
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """The workdir of a run with accuracies over its epochs, and what its evaluate stage says."""
+    """The workdir of a run with accuracies over its epochs."""
     workdir = tmp_path_factory.mktemp("runs") / "trained"
     call(*small_run(photos, workdir, "--stages=pretrain"))
     return workdir
@@ -137,7 +140,7 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
     assert len(list((evaluated.workdir / "features").iterdir())) == 6
 
 
-def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos, monkeypatch):
+def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos):
     results = evaluated("fast_linear", "--linear_weight_decays=0.01")
     assert results["student_fast_linear_weight_decay"] == 0.01
     # The SavedModel goes another way: decoding, views and encoder are all inside it.
@@ -153,6 +156,30 @@ def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos, mon
     fitted = isd_tf.evaluation.linear.fit(parts[0], [0.01 * 24])
     expected = isd_tf.evaluation.linear.top_k_accuracy(fitted, parts[1], 1)[0]
     assert results["student_fast_linear_top1"] == pytest.approx(expected)
+
+
+def test_linear_sees_the_references_views_of_every_epoch(evaluated, photos, monkeypatch):
+    seen, trained_by, train = [], [], linear.train
+
+    def spy(encoder, views_of_epoch, *arguments):
+        seen.append([list(views_of_epoch(epoch)) for epoch in (0, 1)])
+        trained_by.append(train(encoder, views_of_epoch, *arguments))
+        return trained_by[-1]
+
+    monkeypatch.setattr(linear, "train", spy)
+    results = evaluated("linear", "--linear_epochs=2")
+    images, test = isd_tf.datasets.load("folder", data_dir=str(photos))
+    for epoch, batches in enumerate(seen[0]):
+        expected = list(probe_batches(images, 16, 256, 0, epoch, isd_tf.decoding.Unreadable(24, 0)))
+        for (views, labels), (own_views, own_labels) in zip(batches, expected, strict=True):
+            np.testing.assert_array_equal(views, own_views)
+            np.testing.assert_array_equal(labels, own_labels)
+    # The score is that of the trained weights, of the student, on the test images.
+    (classifiers,) = trained_by
+    own = features.extract(restored(evaluated.workdir).student_encoder, test, 16)
+    x = (features.unit_rows(own.values) - classifiers.mean) * classifiers.inverse_deviation
+    logits = x @ classifiers.weights[0] + classifiers.biases[0]
+    assert results["student_linear_top1"] == np.mean(logits.argmax(axis=1) == own.labels)
 
 
 def test_linear_by_the_reference_and_with_few_labels(evaluated, capsys):
@@ -231,6 +258,58 @@ def test_an_evaluation_that_fails_costs_neither_the_others_nor_the_export(
     assert (tmp_path / "saved_model" / "1").is_dir()
 
 
+def test_an_evaluation_that_tensorflow_ends_costs_neither_the_others_nor_the_export(
+    trained, photos, tmp_path, capsys
+):
+    """A query that cannot be read, a dataset that TFDS cannot open, and a log that was cut off."""
+    folder, workdir = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, folder)
+    shutil.copytree(trained, workdir)
+    (folder / "val/dark/0.png").write_bytes(b"broken")
+    (log,) = workdir.glob("logs/events.*")
+    os.truncate(log, log.stat().st_size * 3 // 4)
+    evaluations = "neighbors,transfer,curves,fast_linear"
+    with pytest.raises(ValueError, match="neighbors failed: At most .*1 of 1, for example.*0.png"):
+        call(*small_run(folder, workdir, "--stages=evaluate,export", "--max_unreadable=0.5",
+                        f"--evaluations={evaluations}", "--query_images=0",
+                        f"--transfer=cifar10:9.9.9,folder:{photos}"))  # fmt: skip
+    results, output = results_of(workdir), capsys.readouterr().out
+    assert "Left out: TensorFlow Datasets cannot open this dataset (AssertionError" in output
+    assert results["student_transfer_datasets"] == results["student_transfer_left_out"] == 1
+    assert "student_fast_linear_top1" in results and (workdir / "saved_model" / "1").is_dir()
+    assert (workdir / "figures" / "student_teacher.png").exists()
+    epochs, _ = workdirs.read_curves(workdir)["student"]
+    assert 1 <= len(epochs) < 4 and epochs == (1, 2, 3)[: len(epochs)]
+
+
+def test_what_was_asked_for_and_cannot_be_done_fails_beside_an_export_as_well(evaluated, photos):
+    shutil.rmtree(evaluated.workdir / "logs")
+    arguments = ["--stages=evaluate,export", "--evaluations=curves"]
+    with pytest.raises(ValueError, match="curves failed: .* no accuracies over the epochs"):
+        call(*small_run(photos, evaluated.workdir, *arguments))
+    assert (evaluated.workdir / "saved_model" / "1").is_dir()
+
+
+def test_a_full_disk_leaves_no_dataset_out(evaluated, photos, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features.np, "save", full)
+    with pytest.raises(ValueError, match="The evaluation transfer failed: .*No space left"):
+        evaluated("transfer", f"--transfer=folder:{photos}")
+    assert not any("transfer" in name for name in results_of(evaluated.workdir))
+
+
+def test_transfers_scores_are_those_of_the_last_list(evaluated, photos, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    evaluated("transfer", f"--transfer=folder:{photos},folder:{other}")
+    results = evaluated("transfer", f"--transfer=folder:{other}")
+    (score,) = (value for name, value in results.items() if "transfer_folder" in name[:-3]
+                and name.endswith("top1"))  # fmt: skip
+    assert results["student_transfer_mean"] == score and results["student_transfer_datasets"] == 1
+
+
 def test_transfer_continues_and_leaves_out_what_cannot_be_had(
     evaluated, photos, tmp_path, monkeypatch, capsys
 ):
@@ -284,6 +363,25 @@ def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path,
         call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,9"))
 
 
+def test_rare_classes_without_test_images_are_said(photos, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    run = small_run(folder, tmp_path / "run", "--epochs=1", "--unbalanced=1,1,8")
+    train, test = isd_tf.datasets.load("folder", data_dir=str(folder))
+    rare = isd_tf.subsets.unbalance(train, test, 1, 1, 8, 0).pretraining.class_names[1]
+    shutil.rmtree(folder / "val" / rare)
+    call(*run)
+    assert "has no images of the rare classes" in capsys.readouterr().out
+    assert not any(name.endswith("rare") for name in results_of(tmp_path / "run"))
+
+
+def test_a_training_by_a_data_service_has_no_neighbors(evaluated, photos):
+    flags = evaluated.workdir / "run.flags"
+    flags.write_text(flags.read_text() + "--data_service=localhost:5050\n")
+    with pytest.raises(ValueError, match="--data_service gave the images an order"):
+        evaluated("neighbors")
+
+
 def test_curves_are_those_of_all_runs_and_end_with_the_results(trained, evaluated):
     curves = workdirs.read_curves(trained)
     results = evaluated("knn,curves", f"--compare_with={trained},{trained}")
@@ -320,7 +418,7 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
         (["--label_fraction=1.5"], "greater than 0 and at most 1. Received: 1.5"),
         (
             ["--evaluations=linear", "--label_fraction=0.01"],
-            "Every class needs a labelled image.*dark.*at least 0.05",
+            "Every class needs a labelled image.*dark.*at least 0.042",
         ),
         (["--label_fraction=0.1", "--label_dataset=x"], "either a share or a dataset"),
         (["--linear_learning_rates=0.1,fast"], "must be positive numbers. Received: .*0.1,fast"),
@@ -340,6 +438,8 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
             "Received: nowhere, without run.flags",
         ),
         (["--transfer=a-b,c,a_b"], "must name datasets apart. Received: a-b, a_b"),
+        (["--transfer=pets,oxford_iiit_pet"], "Received: pets, oxford_iiit_pet"),
+        (["--transfer=folder:a,folder:a/"], "must name datasets apart. Received: folder:a, "),
         (["--evaluations=transfer", "--transfer=folder:gone"], "No such folder.*folder:gone"),
     ],
 )

@@ -2,7 +2,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_models import INPUTS, linear_encoder
 
+import isd_tf
 from isd_tf.feature_queue import FeatureQueue
 
 
@@ -76,3 +78,14 @@ class _Holder(keras.layers.Layer):
 def test_size_must_be_positive():
     with pytest.raises(ValueError, match="at least one row.*size=0"):
         FeatureQueue(0, 3)
+
+
+@pytest.mark.parametrize("method", [isd_tf.ISD, isd_tf.MoCoV2])
+def test_purity_of_a_queue_of_fewer_than_five_rows_is_about_all_of_them(method):
+    model = method(linear_encoder("float32"), None, None, queue_size=4)
+    model.compile(isd_tf.TorchSGD(0.1))
+    x = tf.random.stateless_normal([4, INPUTS], [0, 0])
+    batch = {"teacher_view": x, "student_view": x, "label": tf.constant([0, 0, 0, 1], tf.int64)}
+    assert model.train_step(batch)["purity"] == 0  # Nothing has a label yet.
+    # Three images meet three rows of four with their label, the fourth meets one.
+    assert model.train_step(batch)["purity"] == (3 * 3 + 1) / 16

@@ -78,6 +78,35 @@ def test_files_of_the_same_names_in_another_folder_are_other_images(encoder, tmp
     assert np.abs(again[0] - kept[1][0]).max() > 0.01
 
 
+def test_files_that_differ_in_their_content_alone_are_other_images(encoder, tmp_path):
+    """Equally long, written at the same time: as an archive's files are."""
+    kept = []
+    for folder, level in (("train", 10), ("val", 200)):
+        for name in "xy":
+            path = tmp_path / folder / name / "0.bmp"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (16, 16), (level,) * 3).save(path)
+            os.utime(path, (1e9, 1e9))
+    for split in isd_tf.datasets.load("folder", data_dir=str(tmp_path)):
+        kept.append(features.extract(encoder, split, 16, cache=tmp_path / "kept").values)
+    assert np.abs(kept[0] - kept[1]).max() > 0.01
+    # And under another name the folder is the same.
+    (tmp_path / "train").rename(tmp_path / "renamed")
+    renamed, _ = isd_tf.datasets.load("folder", "renamed", "val", str(tmp_path))
+    features.extract(encoder, renamed, 16, cache=tmp_path / "kept")
+    assert len(os.listdir(tmp_path / "kept")) == 2
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_overwritten(encoder, tmp_path):
+    key = features.key(encoder, arrays(), 16)
+    left = tmp_path / f"unfinished-{key}-{os.getpid()}"
+    left.mkdir()
+    (left / "values.float32").write_bytes(b"x" * 10**6)
+    kept = features.extract(encoder, arrays(), 16, cache=tmp_path).values
+    np.testing.assert_array_equal(kept, features.extract(encoder, arrays(), 16).values)
+    assert os.listdir(tmp_path) == [key]
+
+
 def test_what_was_not_finished_is_not_kept(encoder, tmp_path):
     broken = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Flatten()])
     broken.add(keras.layers.Lambda(lambda x: x / 0))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import tensorflow as tf
+from small_models import softmax
 
 import isd_tf
 from isd_tf.datasets import ArrayDataset
@@ -26,11 +27,6 @@ def clouds(count=80, seed=0, spread=1.0):
 def standardized(values, by):
     rows, reference = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (values, by))
     return (rows - reference.mean(axis=0)) / np.sqrt(reference.var(axis=0, ddof=1) + 1e-5)
-
-
-def softmax(logits):
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def test_standardization_is_that_of_unit_rows_with_the_unbiased_variance(monkeypatch):
@@ -222,6 +218,22 @@ def test_the_setting_that_does_best_on_held_out_examples_is_chosen():
     rest = Features(dataset.images[held_out][:, 0, 0], dataset.labels[held_out])
     expected = linear.top_k_accuracy(linear.fit(features_of(part), [1e-2]), rest, 1)[0]
     assert choice.accuracies[1e-2] == pytest.approx(expected, abs=0.03)
+
+
+def test_a_setting_that_diverges_is_never_right_and_alone_it_is_refused():
+    known = clouds(40)
+    batches = [(tf.constant(known.values), tf.constant(known.labels))]
+    good, bad = linear.Setting(1e-4, 0.1), linear.Setting(1.0, 1e9)
+
+    def train(*settings):
+        return linear.train(identity(), lambda _: batches, known, list(settings), 0, 10)
+
+    classifiers = train(bad, good)
+    assert np.isnan(classifiers.weights[0]).any()
+    accuracies = linear.top_k_accuracy(classifiers, known, 5)
+    assert accuracies[0] == 0 and accuracies[1] == 1
+    with pytest.raises(ValueError, match=r"has diverged. Received: .*learning_rate=1000000000"):
+        train(bad)
 
 
 def test_a_single_setting_is_not_searched():

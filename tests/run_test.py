@@ -205,12 +205,18 @@ def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp
 @pytest.mark.parametrize("flag_file", FLAG_FILES)
 def test_every_flag_file_runs(flag_file, photos, tmp_path):
     """Its own recipe, at the size of a test: networks, data and length are replaced."""
-    unbalanced = "unbalanced" in flag_file
+    unbalanced, whole = "unbalanced" in flag_file, flag_file == "quickstart.flags"
     call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
-         *(["--unbalanced=1,1,8"] if unbalanced else []), "--stages=pretrain",
-         "--epochs=1", "--knn_every_epochs=0", f"--workdir={tmp_path}")  # fmt: skip
+         *(["--unbalanced=1,1,8"] if unbalanced else []),
+         *([] if whole else ["--stages=pretrain", "--knn_every_epochs=0"]),
+         "--epochs=1", f"--workdir={tmp_path}")  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
     assert np.isfinite(results["loss"]) and results["step"] == (5 if unbalanced else 6)
+    if whole:
+        assert {"student_1nn", "student_fast_linear_top1", "student_clusters_ari"} < set(results)
+        figures = {"clusters_student.png", "neighbors.png", "student_teacher.png"}
+        assert {path.name for path in tmp_path.glob("figures/*")} == figures
+        assert (tmp_path / "saved_model" / "1").is_dir()
 
 
 def test_recipes_are_the_papers():

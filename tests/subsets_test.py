@@ -92,9 +92,14 @@ def test_a_fraction_takes_the_same_share_of_every_class(kind, streams):
 
 
 def test_a_fraction_that_leaves_a_class_empty_is_refused_with_the_smallest_that_does_not():
-    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.03"):
+    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.025"):
         subsets.rows_of_fraction(numbered(), 0.01, 0)
-    assert len(subsets.rows_of_fraction(numbered(), 0.03, 0)) == CLASSES
+    assert len(subsets.rows_of_fraction(numbered(), 0.025, 0)) == CLASSES
+    # Of many images far less than a hundredth will do.
+    large = ArrayDataset("large", np.zeros((700, 1, 1, 3), np.uint8), np.zeros(700, np.int64), ())
+    with pytest.raises(ValueError, match="at least 0.00072"):
+        subsets.rows_of_fraction(large, 0.0005, 0)
+    assert len(subsets.rows_of_fraction(large, 0.00072, 0)) == 1
 
 
 def test_held_out_rows_are_a_share_of_each_class_and_leave_one():

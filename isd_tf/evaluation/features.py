@@ -45,7 +45,7 @@ def extract(
         image_size: side S of the evaluation views in pixels.
         unreadable: counts images that cannot be read, which are left out.
         cache: a folder for features, or None. They are found again by the digest of the weights and
-            of the images (of files: names, sizes and times), whatever folders are called.
+            of the images (of files: names, sizes, times and inodes), whatever folders are called.
 
     Raises:
         ValueError: for images of another size than the encoder takes, features that are not
@@ -66,7 +66,7 @@ def extract(
     place = pathlib.Path(cache) / key(encoder, dataset, image_size)
     if not place.exists():
         unfinished = place.with_name(f"unfinished-{place.name}-{os.getpid()}")
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         try:
             labels = []
             with open(unfinished / "values.float32", "wb") as file:
@@ -153,14 +153,16 @@ def require_classes(labels: np.ndarray, known: np.ndarray, what: str) -> None:
 def key(encoder: keras.Model, dataset: Dataset, image_size: int) -> str:
     """Names features by all that they depend on: weights, images and their size.
 
-    Of files, names, sizes and times stand for the images, wherever they are stored.
+    Of files, names, sizes, times and inodes stand for the images: a folder may be called
+    otherwise, and another folder of equally called files is never taken for it.
     """
     digest = hashlib.sha256(datasets.fingerprint(dataset).encode())
     if not isinstance(dataset, ArrayDataset):
         # A fingerprint knows files by their names alone.
         for path in dataset.paths if isinstance(dataset, FileDataset) else dataset.files:
             status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+            identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            digest.update(repr(identity).encode())
     return f"{weights_digest(encoder)}-{digest.hexdigest()[:16]}-{image_size}"
 
 

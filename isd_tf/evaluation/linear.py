@@ -108,6 +108,10 @@ def train(
 
     Returns:
         The classifiers after the last epoch; the reference reports the best one on the test set.
+        Where only some have diverged, nothing they say counts as right.
+
+    Raises:
+        ValueError: when all have diverged, or a label is missing.
     """
     require_labels(features.labels, "training set")
     mean, inverse_deviation = standardization(features.values)
@@ -154,6 +158,11 @@ def train(
             images += len(labels)
         report(epoch, np.asarray(total) / images)
     weights, biases = variables[0].numpy(), variables[1].numpy()[:, 0]
+    if not np.isfinite(weights).all(axis=(1, 2)).any():
+        raise ValueError(
+            f"The linear classifier has diverged. Received: {', '.join(map(str, settings))}. Use a "
+            "lower learning rate or weight decay."
+        )
     absent = np.setdiff1d(np.arange(classes), features.labels)
     biases[:, absent] = -np.inf  # Classes without an example are never chosen.
     return Classifiers(mean, inverse_deviation, weights, biases)
@@ -209,7 +218,7 @@ def fit(features: Features, l2_values: list[float]) -> Classifiers:
         weights[i][:, present], biases[i][present] = coefficients.T, intercepts
     if stopped:
         logging.warning(
-            "L-BFGS was stopped after %d iterations, near the minimum, at %d of %d values of L2.",
+            "L-BFGS had not converged after %d iterations at %d of %d values of L2.",
             MAX_ITERATIONS,
             len(stopped),
             len(l2_values),
@@ -233,7 +242,7 @@ def mean_per_class_accuracy(classifiers: Classifiers, features: Features) -> np.
 def _is_right(classifiers, features, k):
     """Whether each example's class is among each classifier's k highest: bool [G, N]."""
     require_labels(features.labels, "test set")
-    known = np.flatnonzero(np.isfinite(classifiers.biases[0]))
+    known = np.flatnonzero(classifiers.biases[0] != -np.inf)
     require_classes(features.labels, known, "training set")
     right = []
     for first in range(0, len(features.labels), CHUNK):
@@ -242,7 +251,8 @@ def _is_right(classifiers, features, k):
         own = np.take_along_axis(logits, labels[np.newaxis, :, np.newaxis], axis=2)
         # Of equal logits the lower class stands first.
         ahead = (logits > own) | ((logits == own) & (np.arange(logits.shape[2]) < labels[:, None]))
-        right.append(ahead.sum(axis=2) < k)
+        # Of what has diverged, nothing is ahead of anything.
+        right.append((ahead.sum(axis=2) < k) & np.isfinite(own[:, :, 0]))
     return np.concatenate(right, axis=1)
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from isd_tf import augment
 from isd_tf.datasets import Dataset
-from isd_tf.decoding import Unreadable
+from isd_tf.decoding import Unreadable, explaining
 from isd_tf.feature_queue import UNKNOWN_LABEL
 from isd_tf.input_pipeline import pretraining_batches, readable_images
 from isd_tf.student_teacher import StudentTeacher
@@ -102,16 +102,17 @@ def find(
 
 def _two_views(queries, views, image_size, seed):
     """Draws a view for the teacher and one for the student of each query, by its number."""
-    pairs, labels = [], []
-    for number, (images, label) in enumerate(readable_images(queries, Unreadable(len(queries), 1))):
-        seeds = (tf.constant([[2 * seed + view, number]], tf.int64) for view in (0, 1))
-        pairs.append(
-            [
-                augment.RECIPES[recipe](images, of_view, image_size)
-                for recipe, of_view in zip(views, seeds, strict=True)
-            ]
-        )
-        labels.append(int(label[0]))
+    pairs, labels, unreadable = [], [], Unreadable(len(queries), 1)
+    with explaining([unreadable]):
+        for number, (images, label) in enumerate(readable_images(queries, unreadable)):
+            seeds = (tf.constant([[2 * seed + view, number]], tf.int64) for view in (0, 1))
+            pairs.append(
+                [
+                    augment.RECIPES[recipe](images, of_view, image_size)
+                    for recipe, of_view in zip(views, seeds, strict=True)
+                ]
+            )
+            labels.append(int(label[0]))
     query_views, other_views = (np.concatenate(side) for side in zip(*pairs, strict=True))
     return query_views, other_views, np.array(labels)
 
