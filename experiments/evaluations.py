@@ -449,8 +449,9 @@ def evaluate_transfer(run: Run) -> None:
                 "folder:PATH among --transfer a folder.)"
             )
             continue
-        for of_one, accuracy in zip(accuracies.values(), of_encoders, strict=True):
+        for of_one, (accuracy, figures) in zip(accuracies.values(), of_encoders, strict=True):
             of_one.append(accuracy)
+            run.record(figures)
     if len(left_out) == len(FLAGS.transfer):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"None of the datasets could be had and scored. {reasons}")
@@ -466,7 +467,7 @@ def evaluate_transfer(run: Run) -> None:
 
 
 def _transfer_to(run, encoder_name, name, metric, splits):
-    """The accuracy on one dataset: from its file, if it was found before for the same."""
+    """The accuracy on one dataset, and its figures: from their file, if it is about the same."""
     encoder = run.encoder(encoder_name)
     prefix = f"{encoder_name}_transfer_{transfer.score_name(name)}"
     key = [features.key(encoder, split, FLAGS.image_size) for split in splits]
@@ -482,9 +483,8 @@ def _transfer_to(run, encoder_name, name, metric, splits):
         }
         _record_search(run, prefix, search)
     (accuracy,) = search["scores"].values()
-    run.record(search["scores"] | {f"{prefix}_l2": search["chosen"]["l2"]})
     say(f"  {encoder_name}, {name}: {accuracy:.1%} ({metric.replace('_', ' ')})")
-    return accuracy
+    return accuracy, search["scores"] | {f"{prefix}_l2": search["chosen"]["l2"]}
 
 
 def _record_search(run, name, search):

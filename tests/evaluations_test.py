@@ -290,6 +290,26 @@ def test_what_was_asked_for_and_cannot_be_done_fails_beside_an_export_as_well(ev
     assert (evaluated.workdir / "saved_model" / "1").is_dir()
 
 
+def test_a_dataset_that_fails_for_one_encoder_has_no_score_of_another(
+    evaluated, photos, tmp_path, monkeypatch
+):
+    other, count, evaluate = tmp_path / "other", [], transfer.evaluate
+    shutil.copytree(photos, other)
+
+    def fail_at_the_second(*arguments):
+        count.append(1)
+        if len(count) == 2:
+            raise ValueError("The features must be finite.")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(transfer, "evaluate", fail_at_the_second)
+    datasets = f"--transfer=folder:{photos},folder:{other}"
+    results = evaluated("transfer", datasets, "--evaluated_encoders=student,teacher")
+    for encoder in ("student", "teacher"):
+        names = [n for n in results if n.startswith(f"{encoder}_transfer") and n.endswith("top1")]
+        assert [results[name] for name in names] == [results[f"{encoder}_transfer_mean"]]
+
+
 def test_a_full_disk_leaves_no_dataset_out(evaluated, photos, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
