@@ -20,8 +20,8 @@ from isd_tf.evaluation.features import (
 )
 
 # Queries compared at a time, and bank features gathered before they are compared: a block of
-# similarities takes 64 MB.
-QUERY_BLOCK = 2048
+# similarities takes 41 MB.
+QUERY_BLOCK = 1250
 BANK_CHUNK = 8192
 # Columns of that block whose largest similarity decides whether they are looked at one by one.
 GROUP = 64
