@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import losses
+from isd_tf.methods import losses
 
 BATCH, QUEUE, DIMENSION, PAIRS = 256, 131_072, 512, 10
 FORMS = {"at once": losses._compare_at_once, "in chunks": losses._compare_in_chunks}

@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
 
-from isd_tf import feature_queue
+from isd_tf.methods import feature_queue
 
 BATCH, QUEUE, DIMENSION, ROUNDS = 256, 65_536, 128, 60
 

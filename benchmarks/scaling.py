@@ -28,7 +28,8 @@ import numpy as np
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import distribution, losses
+from isd_tf.methods import losses
+from isd_tf.training import distribution
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BATCH_NORMS = ("local", "shuffled", "synchronized")  # "local" is for comparison: no flag has it.

@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import encoders
+from isd_tf.networks import encoders
 
 BATCH, SIZE, QUEUE = 64, 32, 16_384
 

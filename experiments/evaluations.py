@@ -17,12 +17,13 @@ import workdirs
 from absl import flags
 
 import isd_tf
-from isd_tf import report, subsets
-from isd_tf.checkpoints import Checkpoints
-from isd_tf.datasets import Dataset, RecordDataset, is_labelled
-from isd_tf.decoding import Unreadable, explaining
+from isd_tf import report
+from isd_tf.data import subsets
+from isd_tf.data.batches import evaluation_batches, probe_batches
+from isd_tf.data.datasets import Dataset, RecordDataset, is_labelled
+from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
-from isd_tf.input_pipeline import evaluation_batches, probe_batches
+from isd_tf.training.checkpoints import Checkpoints
 
 FLAGS = flags.FLAGS
 ENCODERS = ("student", "teacher", "untrained")

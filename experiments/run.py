@@ -34,10 +34,13 @@ from absl import app, flags, logging  # noqa: E402
 from evaluations import say  # noqa: E402
 
 import isd_tf  # noqa: E402
-from isd_tf import checkpoints as checkpointing  # noqa: E402
-from isd_tf import cluster, distribution, encoders, monitoring, subsets  # noqa: E402
-from isd_tf.decoding import explaining  # noqa: E402
+from isd_tf.data import subsets  # noqa: E402
+from isd_tf.data.batches import check_views  # noqa: E402
+from isd_tf.data.decoding import explaining  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
+from isd_tf.networks import encoders  # noqa: E402
+from isd_tf.training import checkpoints as checkpointing  # noqa: E402
+from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
 
 FLAGS = flags.FLAGS
 STAGES = ("pretrain", "evaluate", "export")
@@ -306,7 +309,7 @@ def check_flags(argv):
                 "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
-    isd_tf.input_pipeline.check_views(views())
+    check_views(views())
     batch_norm()
     evaluations.check_flags()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import flagfiles
 import tensorflow as tf
 
-from isd_tf import cluster
+from isd_tf.training import cluster
 
 
 @contextlib.contextmanager

@@ -13,17 +13,20 @@ scores = isd_tf.knn_accuracy({"student": encoder}, bank, queries)
 isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
-from isd_tf import augment, datasets, losses, subsets
-from isd_tf.baselines import BYOL, MoCoV2
-from isd_tf.encoders import build_encoder, isd_heads, isd_plus_heads, moco_v2_heads
+from isd_tf.data import datasets, subsets
+from isd_tf.data.batches import DataService, evaluation_batches, pretraining_batches
 from isd_tf.evaluation.knn import knn_accuracy
-from isd_tf.export import export_encoder
-from isd_tf.feature_queue import FeatureQueue
-from isd_tf.input_pipeline import DataService, evaluation_batches, pretraining_batches
-from isd_tf.isd import ISD
-from isd_tf.optimizers import TorchSGD
-from isd_tf.schedules import CosineByEpoch, DropsByEpoch
-from isd_tf.student_teacher import StudentTeacher
+from isd_tf.methods import losses
+from isd_tf.methods.byol import BYOL
+from isd_tf.methods.feature_queue import FeatureQueue
+from isd_tf.methods.isd import ISD
+from isd_tf.methods.moco_v2 import MoCoV2
+from isd_tf.methods.student_teacher import StudentTeacher
+from isd_tf.networks.encoders import build_encoder, isd_heads, isd_plus_heads, moco_v2_heads
+from isd_tf.serving.export import export_encoder
+from isd_tf.training.optimizers import TorchSGD
+from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch
+from isd_tf.views import augment
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from isd_tf import augment
 from isd_tf.evaluation.neighbors import QueueNeighbors
+from isd_tf.views import augment
 
 # A person sees no more of one image, and no grid needs more pixels.
 INCHES_PER_IMAGE = 1.1

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageFilter
 from scipy import ndimage, stats
 
-from isd_tf import augment
+from isd_tf.views import augment
 
 LEVEL = 1 / 255
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from small_models import INPUTS, B, D, K, image_batches, linear_encoder, softmax, unit
 
 import isd_tf
-from isd_tf import losses
+from isd_tf.methods import losses
 
 RATE, MOMENTUM, TEMPERATURE = 0.5, 0.9, 0.2
 

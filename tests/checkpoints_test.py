@@ -11,8 +11,8 @@ import tensorflow as tf
 from small_runs import full_disk
 
 import isd_tf
-from isd_tf import checkpoints as checkpointing
-from isd_tf import datasets
+from isd_tf.data import datasets
+from isd_tf.training import checkpoints as checkpointing
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (26, 16, 16, 3), np.uint8)
 DATA = datasets.ArrayDataset("arrays", IMAGES, np.arange(26) % 3, ("a", "b", "c"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from isd_tf import cluster
+from isd_tf.training import cluster
 
 ONE = tf.distribute.get_strategy()
 

@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from small_runs import STEPS, command, small_run
 
-from isd_tf import datasets, input_pipeline
-from isd_tf.decoding import explaining
+from isd_tf.data import batches as batching
+from isd_tf.data import datasets
+from isd_tf.data.decoding import explaining
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "data_service.py"
 N, BATCH, SIZE = 23, 4, 12
@@ -53,7 +54,7 @@ def records(folder, broken=None):
 
 
 def batches_of(dataset, service=None, first_step=0, views=("weak", "weak"), **arguments):
-    return input_pipeline.pretraining_batches(
+    return batching.pretraining_batches(
         dataset, views, SIZE, BATCH, 1, first_step, data_service=service, **arguments
     )
 
@@ -64,7 +65,7 @@ def take(dataset, steps, service=None, *arguments, **more):
 
 @pytest.fixture
 def service(address, tmp_path):
-    return input_pipeline.DataService(address, job=str(tmp_path))
+    return batching.DataService(address, job=str(tmp_path))
 
 
 def service_command(*arguments):
@@ -167,20 +168,20 @@ def test_a_run_without_a_dispatcher_says_what_to_start(photos, tmp_path):
 @pytest.mark.parametrize("bad", ["somewhere", "somewhere:", ":5000", "grpc://somewhere"])
 def test_an_address_without_host_or_port_is_refused(bad):
     with pytest.raises(ValueError, match=f"dispatcher's, host:port.*Received: .*{bad}"):
-        batches_of(arrays(), input_pipeline.DataService(bad, "job"))
+        batches_of(arrays(), batching.DataService(bad, "job"))
 
 
 def test_an_unknown_host_is_refused():
     with pytest.raises(OSError, match="must answer at --data_service=nowhere.invalid:5000"):
-        batches_of(arrays(), input_pipeline.DataService("nowhere.invalid:5000", "job"))
+        batches_of(arrays(), batching.DataService("nowhere.invalid:5000", "job"))
 
 
 def test_a_service_without_workers_is_not_waited_for_forever(monkeypatch):
-    monkeypatch.setattr(input_pipeline, "DATA_SERVICE_SECONDS", 0.5)
+    monkeypatch.setattr(batching, "DATA_SERVICE_SECONDS", 0.5)
     dispatcher = tf.data.experimental.service.DispatchServer()
     address = dispatcher.target.partition("://")[2]
     with pytest.raises(OSError, match="must have workers. Received: none.*--role=worker"):
-        batches_of(arrays(), input_pipeline.DataService(address, "job"))
+        batches_of(arrays(), batching.DataService(address, "job"))
 
 
 @pytest.mark.parametrize(

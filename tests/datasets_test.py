@@ -3,7 +3,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf import datasets
+from isd_tf.data import datasets
 
 
 def write_image(path, value=0):

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from isd_tf import decoding
+from isd_tf.data import decoding
 
 # Large flat areas, so that the roundings of JPEG decoders stay small.
 SCENE = np.asarray(

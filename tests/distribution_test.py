@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from isd_tf import distribution
+from isd_tf.training import distribution
 
 VALUES = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import signal
 
 import isd_tf
-from isd_tf import encoders
+from isd_tf.networks import encoders
 
 
 @pytest.mark.parametrize(

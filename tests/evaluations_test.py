@@ -14,8 +14,10 @@ import tensorflow as tf
 from PIL import Image
 
 import isd_tf
+from isd_tf.data.batches import probe_batches
+from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import features, linear, transfer
-from isd_tf.input_pipeline import probe_batches
+from isd_tf.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -58,7 +60,7 @@ def results_of(workdir):
 def restored(workdir):
     """The model of a small run, from its checkpoint; flags are those of the call before."""
     model = run.build_model(tf.distribute.get_strategy(), 6)
-    checkpoints = isd_tf.checkpoints.Checkpoints(workdir / "checkpoints", model)
+    checkpoints = Checkpoints(workdir / "checkpoints", model)
     assert checkpoints.restore_newest()
     return model
 
@@ -75,11 +77,11 @@ def test_the_images_drawn_are_those_of_the_clusters_members(evaluated, photos, m
         call(*small_run(folder, evaluated.workdir), "--stages=evaluate", "--evaluations=clusters",
              "--max_unreadable=0.1")  # fmt: skip
         train, _ = isd_tf.datasets.load("folder", data_dir=str(folder))
-        readable = isd_tf.evaluation_batches(train, 16, 1, isd_tf.decoding.Unreadable(24, 1))
+        readable = isd_tf.evaluation_batches(train, 16, 1, Unreadable(24, 1))
         known = [images for images, _ in readable]
         assert len(known) == 24 - broken
         model = restored(evaluated.workdir)
-        own = features.extract(model.student_encoder, train, 16, isd_tf.decoding.Unreadable(24, 1))
+        own = features.extract(model.student_encoder, train, 16, Unreadable(24, 1))
         found = isd_tf.evaluation.clusters.cluster(own, 2, 0)
         members = isd_tf.evaluation.clusters.draw_members(found.assignments, 10, 12, 0)
         assert [len(views) for views in drawn] == [len(rows) for rows in members]
@@ -170,7 +172,7 @@ def test_linear_sees_the_references_views_of_every_epoch(evaluated, photos, monk
     results = evaluated("linear", "--linear_epochs=2")
     images, test = isd_tf.datasets.load("folder", data_dir=str(photos))
     for epoch, batches in enumerate(seen[0]):
-        expected = list(probe_batches(images, 16, 256, 0, epoch, isd_tf.decoding.Unreadable(24, 0)))
+        expected = list(probe_batches(images, 16, 256, 0, epoch, Unreadable(24, 0)))
         for (views, labels), (own_views, own_labels) in zip(batches, expected, strict=True):
             np.testing.assert_array_equal(views, own_views)
             np.testing.assert_array_equal(labels, own_labels)

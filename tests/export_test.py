@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import augment
+from isd_tf.views import augment
 
 RUNNER = pathlib.Path(__file__).parent / "saved_model_c_api.py"
 SIZE = 32

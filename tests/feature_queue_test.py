@@ -5,7 +5,7 @@ import tensorflow as tf
 from small_models import INPUTS, linear_encoder
 
 import isd_tf
-from isd_tf.feature_queue import FeatureQueue
+from isd_tf.methods.feature_queue import FeatureQueue
 
 
 def rows(values, dimension=3):

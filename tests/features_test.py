@@ -7,7 +7,7 @@ import tensorflow as tf
 from PIL import Image
 
 import isd_tf
-from isd_tf.datasets import ArrayDataset
+from isd_tf.data.datasets import ArrayDataset
 from isd_tf.evaluation import features
 
 

@@ -5,7 +5,9 @@ import tensorflow as tf
 from small_models import INPUTS, B, D, K, image_batches, linear_encoder, softmax, unit
 
 import isd_tf
-from isd_tf import encoders, losses, monitoring
+from isd_tf.methods import losses
+from isd_tf.networks import encoders
+from isd_tf.training import monitoring
 
 
 def test_steps_equal_a_numpy_implementation_of_the_paper(float64):

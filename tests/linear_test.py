@@ -8,7 +8,8 @@ import tensorflow as tf
 from small_models import softmax
 
 import isd_tf
-from isd_tf.datasets import ArrayDataset
+from isd_tf.data.batches import probe_batches
+from isd_tf.data.datasets import ArrayDataset
 from isd_tf.evaluation import linear
 from isd_tf.evaluation.features import Features
 
@@ -183,7 +184,7 @@ def test_the_encoder_is_left_as_it_was():
     data = ArrayDataset("arrays", images, np.arange(24) % 3)
     before = [weight.numpy().copy() for weight in encoder.weights]
     features = isd_tf.evaluation.features.extract(encoder, data, 16)
-    batches = lambda epoch: isd_tf.input_pipeline.probe_batches(data, 16, 8, 0, epoch)  # noqa: E731
+    batches = lambda epoch: probe_batches(data, 16, 8, 0, epoch)  # noqa: E731
     linear.train(encoder, batches, features, [linear.Setting(0.1, 1.0)], seed=0, epochs=2)
     linear.fit(features, [0.1])
     for weight, old in zip(encoder.weights, before, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import strategies
 
-from isd_tf import losses
+from isd_tf.methods import losses
 
 
 def unit_rows(random, count, dimension):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from small_runs import full_disk
 
 import isd_tf
-from isd_tf import monitoring
+from isd_tf.training import monitoring
 
 
 @pytest.fixture

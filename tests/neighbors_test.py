@@ -8,10 +8,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import isd_tf
-from isd_tf.datasets import ArrayDataset, FileDataset
-from isd_tf.decoding import Unreadable
+from isd_tf.data.batches import pretraining_batches
+from isd_tf.data.datasets import ArrayDataset, FileDataset
+from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import neighbors
-from isd_tf.input_pipeline import pretraining_batches
 
 SIZE, BATCH, QUEUE, SEED = 8, 6, 20, 3
 

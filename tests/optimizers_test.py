@@ -2,8 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from isd_tf.optimizers import TorchSGD
-from isd_tf.schedules import DropsByEpoch
+from isd_tf.training.optimizers import TorchSGD
+from isd_tf.training.schedules import DropsByEpoch
 
 
 def test_steps_equal_pytorchs_formula_across_a_drop_of_the_rate(float64):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isd_tf import photo_patches
+from isd_tf.data import photo_patches
 
 
 def test_patches_are_always_the_same():

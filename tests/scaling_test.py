@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import distribution, encoders
+from isd_tf.networks import encoders
+from isd_tf.training import distribution
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIDE, BATCH, QUEUE = 32, 8, 40

@@ -3,7 +3,7 @@ import math
 import pytest
 import tensorflow as tf
 
-from isd_tf.schedules import CosineByEpoch, DropsByEpoch
+from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch
 
 
 @pytest.mark.parametrize("step", [0, 99, 100, 10_000, 19_999])

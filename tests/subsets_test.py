@@ -6,9 +6,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import isd_tf
-from isd_tf import subsets
-from isd_tf.datasets import ArrayDataset, FileDataset
-from isd_tf.input_pipeline import evaluation_batches, pretraining_batches
+from isd_tf.data import subsets
+from isd_tf.data.batches import evaluation_batches, pretraining_batches
+from isd_tf.data.datasets import ArrayDataset, FileDataset
 
 CLASSES = 6
 

@@ -19,7 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 import isd_tf
-from isd_tf import cluster, datasets, distribution, encoders, monitoring
+from isd_tf.data import datasets
+from isd_tf.networks import encoders
+from isd_tf.training import cluster, distribution, monitoring
 
 STEPS, BATCH = 24, 8
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), np.uint8)

@@ -3,7 +3,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf.datasets import ArrayDataset
+from isd_tf.data.datasets import ArrayDataset
 from isd_tf.evaluation import linear, transfer
 from isd_tf.evaluation.features import Features
 

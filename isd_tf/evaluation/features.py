@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import datasets
-from isd_tf.datasets import ArrayDataset, Dataset, FileDataset
-from isd_tf.decoding import Unreadable
-from isd_tf.input_pipeline import evaluation_batches
+from isd_tf.data import datasets
+from isd_tf.data.batches import evaluation_batches
+from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset
+from isd_tf.data.decoding import Unreadable
 
 BATCH = 256
 # Examples that are joined before they are compared or written.

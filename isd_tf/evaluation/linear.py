@@ -22,8 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # scikit-learn depends on it.
 
-from isd_tf import subsets
-from isd_tf.datasets import Dataset
+from isd_tf.data import subsets
+from isd_tf.data.datasets import Dataset
 from isd_tf.evaluation.features import CHUNK, Features, require_classes, require_labels, unit_rows
 
 # The reference's: UMBCvision/ISD eval_linear.py:31-75.

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import augment
-from isd_tf.datasets import Dataset
-from isd_tf.decoding import Unreadable, explaining
-from isd_tf.feature_queue import UNKNOWN_LABEL
-from isd_tf.input_pipeline import pretraining_batches, readable_images
-from isd_tf.student_teacher import StudentTeacher
+from isd_tf.data.batches import pretraining_batches, readable_images
+from isd_tf.data.datasets import Dataset
+from isd_tf.data.decoding import Unreadable, explaining
+from isd_tf.methods.feature_queue import UNKNOWN_LABEL
+from isd_tf.methods.student_teacher import StudentTeacher
+from isd_tf.views import augment
 
 
 class QueueNeighbors(NamedTuple):

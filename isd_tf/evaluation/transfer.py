@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isd_tf import datasets, subsets
-from isd_tf.datasets import Dataset
+from isd_tf.data import datasets, subsets
+from isd_tf.data.datasets import Dataset
 from isd_tf.evaluation import linear
 from isd_tf.evaluation.features import Features
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf import distribution
+from isd_tf.training import distribution
 
 
 class EpochMeans(keras.callbacks.Callback):

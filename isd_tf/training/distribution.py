@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import cluster
+from isd_tf.training import cluster
 
 STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
 

@@ -6,7 +6,7 @@ import pathlib
 import keras
 import tensorflow as tf
 
-from isd_tf import augment
+from isd_tf.views import augment
 
 
 def export_encoder(encoder: keras.Model, image_size: int, directory: str | os.PathLike) -> str:

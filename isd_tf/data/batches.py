@@ -16,9 +16,9 @@ import grpc  # TensorFlow depends on it.
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import augment
-from isd_tf.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
-from isd_tf.decoding import Unreadable, decode_first_readable
+from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
+from isd_tf.data.decoding import Unreadable, decode_first_readable
+from isd_tf.views import augment
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16

@@ -6,7 +6,8 @@ This file owns who moves how, what is trained and what is saved. It knows no los
 import keras
 import tensorflow as tf
 
-from isd_tf import distribution, encoders
+from isd_tf.networks import encoders
+from isd_tf.training import distribution
 
 
 @keras.saving.register_keras_serializable("isd_tf")

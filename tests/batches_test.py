@@ -9,8 +9,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf import augment, datasets, input_pipeline
-from isd_tf.decoding import Unreadable
+from isd_tf.data import batches as batching
+from isd_tf.data import datasets
+from isd_tf.data.decoding import Unreadable
+from isd_tf.views import augment
 
 N, SIZE = 23, 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)
@@ -63,7 +65,7 @@ def records(tmp_path_factory):
 
 
 def take(dataset, steps, first_step=0, views=("weak", "strong"), seed=1, batch=4, **arguments):
-    batches = input_pipeline.pretraining_batches(
+    batches = batching.pretraining_batches(
         dataset, views, SIZE, batch, seed, first_step, **arguments
     )
     return list(batches.take(steps).as_numpy_iterator())
@@ -134,7 +136,7 @@ def test_views_are_drawn_by_seed_view_and_place(recipes):
 
 
 def test_replicas_share_the_global_batches_in_order(two_replicas):
-    batches = input_pipeline.pretraining_batches(ARRAYS, ("weak", "strong"), SIZE, 4, 1)
+    batches = batching.pretraining_batches(ARRAYS, ("weak", "strong"), SIZE, 4, 1)
     iterator = iter(two_replicas.experimental_distribute_dataset(batches))
     for expected in take(ARRAYS, 6):
         parts = two_replicas.experimental_local_results(next(iterator)["student_view"])
@@ -147,7 +149,7 @@ def test_file_names_need_not_be_utf8(tmp_path):
     Image.fromarray(IMAGES[0]).save(open(path, "wb"), "PNG")
     odd = datasets.FileDataset("odd", (os.fsdecode(path),))
     assert np.isfinite(take(odd, 1, batch=1)[0]["teacher_view"]).all()
-    assert len(list(input_pipeline.evaluation_batches(odd, SIZE, 1))) == 1
+    assert len(list(batching.evaluation_batches(odd, SIZE, 1))) == 1
 
 
 def test_unlabelled_images_give_no_labels(files):
@@ -229,7 +231,7 @@ def test_views_and_batches_that_cannot_be_are_refused():
 
 
 def test_evaluation_reads_every_image_once_in_order(dataset):
-    batches = list(input_pipeline.evaluation_batches(dataset, SIZE, 5).as_numpy_iterator())
+    batches = list(batching.evaluation_batches(dataset, SIZE, 5).as_numpy_iterator())
     labels = np.concatenate([labels for _, labels in batches])
     assert sorted(labels) == list(range(N))
     assert [len(labels) for _, labels in batches] == [5, 5, 5, 5, 3]
@@ -244,7 +246,7 @@ def test_evaluation_leaves_unreadable_files_out(files):
     with open(files.paths[3], "wb") as file:
         file.write(b"broken")
     unreadable = Unreadable(N, 0.1)
-    batches = input_pipeline.evaluation_batches(files, SIZE, 5, unreadable)
+    batches = batching.evaluation_batches(files, SIZE, 5, unreadable)
     labels = np.concatenate([labels for _, labels in batches.as_numpy_iterator()])
     assert list(labels) == [i for i in range(N) if i != 3]
     assert unreadable.names == {files.paths[3]}
@@ -252,7 +254,7 @@ def test_evaluation_leaves_unreadable_files_out(files):
 
 def test_a_probes_epoch_sees_every_image_once_its_remainder_too(dataset):
     def epoch(number, seed=0):
-        batches = input_pipeline.probe_batches(dataset, SIZE, 8, seed, number)
+        batches = batching.probe_batches(dataset, SIZE, 8, seed, number)
         return list(batches.as_numpy_iterator())
 
     first = epoch(0)
@@ -268,7 +270,7 @@ def test_a_probes_epoch_sees_every_image_once_its_remainder_too(dataset):
 
 def test_a_probes_views_are_crops_of_8_percent_on_and_flips():
     """A batch is no more than the dataset; seeds are those of (seed, place in all epochs)."""
-    views, labels = next(iter(input_pipeline.probe_batches(ARRAYS, SIZE, 999, 5, 2)))
+    views, labels = next(iter(batching.probe_batches(ARRAYS, SIZE, 999, 5, 2)))
     assert len(labels) == N
     seeds = tf.stack(
         [tf.fill([N], tf.constant(5, tf.int64)), 2 * N + tf.range(N, dtype=tf.int64)], 1

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf import cluster
+from isd_tf.training import cluster
 
 # Exit code of a process that was told to stop, as shells have it: 128 + SIGTERM.
 EXIT_TOLD_TO_STOP = 128 + signal.SIGTERM

@@ -6,10 +6,10 @@ Tejankar et al., ICCV 2021, arXiv:2012.09259. The method is `train_step`, in the
 import keras
 import tensorflow as tf
 
-from isd_tf import losses
-from isd_tf.distribution import gather_across_replicas
-from isd_tf.feature_queue import FeatureQueue
-from isd_tf.student_teacher import StudentTeacher, embedding_std
+from isd_tf.methods import losses
+from isd_tf.methods.feature_queue import FeatureQueue
+from isd_tf.methods.student_teacher import StudentTeacher, embedding_std
+from isd_tf.training.distribution import gather_across_replicas
 
 
 @keras.saving.register_keras_serializable("isd_tf")

@@ -1,16 +1,15 @@
-"""The methods that the paper compares ISD with: MoCo v2 and BYOL-asym.
+"""MoCo v2: momentum contrast, the baseline that tells every other image away equally.
 
-Each is a student and a teacher, like ISD, and differs in what the student learns from the teacher;
-their `train_step`s are to be read beside `isd.py`'s. Batches are the same dicts.
+He et al., CVPR 2020; Chen et al., arXiv:2003.04297. To be read beside `isd.py`.
 """
 
 import keras
 import tensorflow as tf
 
-from isd_tf import losses
-from isd_tf.distribution import gather_across_replicas
-from isd_tf.feature_queue import FeatureQueue
-from isd_tf.student_teacher import StudentTeacher, embedding_std
+from isd_tf.methods import losses
+from isd_tf.methods.feature_queue import FeatureQueue
+from isd_tf.methods.student_teacher import StudentTeacher, embedding_std
+from isd_tf.training.distribution import gather_across_replicas
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -95,56 +94,3 @@ class MoCoV2(StudentTeacher):
     def get_config(self):
         mine = {"queue_size": self.queue.size, "temperature": self.temperature}
         return {**super().get_config(), **mine}
-
-
-@keras.saving.register_keras_serializable("isd_tf")
-class BYOL(StudentTeacher):
-    """BYOL-asym: predict the teacher's embedding of another view of the same image.
-
-    One direction only, as the paper compares with: the student is BYOL's online network, the
-    teacher its target. There are no anchors. A step reports loss (squared distance of unit vectors,
-    0 to 4), embedding_std and learning_rate as `ISD` does.
-
-    Args:
-        encoder, projector, predictor, shuffle_batch_norm, seed: as in `StudentTeacher`. Without a
-            predictor BYOL collapses.
-        teacher_momentum: as in `StudentTeacher`; the paper's BYOL-asym has 0.99.
-
-    Raises:
-        ValueError: for a momentum outside [0, 1].
-
-    Source: Grill et al., NeurIPS 2020; UMBCvision/ISD train_byol.py.
-    """
-
-    def __init__(
-        self,
-        encoder: keras.Model,
-        projector: keras.Model | None,
-        predictor: keras.Model | None,
-        teacher_momentum: float = 0.99,
-        shuffle_batch_norm: bool = True,
-        seed: int = 0,
-        **kwargs,
-    ):
-        super().__init__(
-            encoder, projector, predictor, teacher_momentum, shuffle_batch_norm, seed, **kwargs
-        )
-
-    def train_step(self, batch):
-        learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
-
-        # Forward pass. The teacher's embedding is the target and carries no gradient.
-        teacher_embeddings = self.embed_teacher(batch["teacher_view"])  # [b, D] unit rows
-        with tf.GradientTape() as tape:
-            student_embeddings = self.embed_student(batch["student_view"])  # [b, D] unit rows
-            distance = losses.squared_distance(student_embeddings, teacher_embeddings)  # [b]
-            loss = tf.reduce_mean(distance)
-        self.update_student(tape, loss)
-        self.update_teacher()
-
-        embeddings = gather_across_replicas(teacher_embeddings)  # [B, D]
-        return {
-            "loss": loss,
-            "embedding_std": embedding_std(embeddings),
-            "learning_rate": learning_rate,
-        }

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf import datasets
-from isd_tf.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset
+from isd_tf.data import datasets
+from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset
 
 # The lists of the paper's unbalanced study name so many large classes first.
 LISTED_LARGE_CLASSES = 8

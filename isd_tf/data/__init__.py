@@ -1,0 +1,1 @@
+"""Images on their way in: sources, decoding, subsets, and batches in order."""

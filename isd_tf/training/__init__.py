@@ -1,0 +1,1 @@
+"""Training: devices and workers, optimizer and schedules, checkpoints, what is watched."""

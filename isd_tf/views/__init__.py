@@ -1,0 +1,1 @@
+"""Views: random transformations whose agreement is learned, and the fixed one that is scored."""
