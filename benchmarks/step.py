@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 
 import isd_tf
-from isd_tf.networks import encoders
+from isd_tf.networks.heads import HEADS
 
 BATCH, SIZE, QUEUE = 64, 32, 16_384
 
@@ -52,7 +52,7 @@ def main(pairs):
     views = tf.random.stateless_normal([2, BATCH, SIZE, SIZE, 3], [0, 0])
     batch = {"teacher_view": views[0], "student_view": views[1]}
     labelled = batch | {"label": tf.range(BATCH, dtype=tf.int64)}
-    for name, heads in encoders.HEADS.items():
+    for name, heads in HEADS.items():
         isd = make(isd_tf.ISD, heads, queue_size=QUEUE)
         plain = make(Plain, heads)
         for data, what in ((batch, "no labels"), (labelled, "labels, so purity as well")):

@@ -39,6 +39,7 @@ from isd_tf.data.batches import check_views  # noqa: E402
 from isd_tf.data.decoding import explaining  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import encoders  # noqa: E402
+from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
 
@@ -81,7 +82,7 @@ flags.DEFINE_integer("width", None, "Channels of the encoder's first stage; unse
 flags.DEFINE_enum(
     "heads",
     None,
-    list(encoders.HEADS),
+    list(HEADS),
     "isd: a predictor on the student's side; isd_plus (and BYOL): a projector on both sides as "
     "well; moco_v2: a projector only.",
 )
@@ -500,7 +501,7 @@ def build_model(strategy, steps_per_epoch):
         method, settings = METHODS[FLAGS.method]
         model = method(
             encoder,
-            *encoders.HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
+            *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
             shuffle_batch_norm=not synchronized,
             seed=FLAGS.seed,
             **{name: FLAGS[name].value for name in settings},

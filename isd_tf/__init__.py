@@ -22,7 +22,8 @@ from isd_tf.methods.feature_queue import FeatureQueue
 from isd_tf.methods.isd import ISD
 from isd_tf.methods.moco_v2 import MoCoV2
 from isd_tf.methods.student_teacher import StudentTeacher
-from isd_tf.networks.encoders import build_encoder, isd_heads, isd_plus_heads, moco_v2_heads
+from isd_tf.networks.encoders import build_encoder
+from isd_tf.networks.heads import isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.serving.export import export_encoder
 from isd_tf.training.optimizers import TorchSGD
 from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch

@@ -3,7 +3,8 @@ import pytest
 from scipy import signal
 
 import isd_tf
-from isd_tf.networks import encoders
+from isd_tf.networks import heads
+from isd_tf.networks.batch_norm import GroupedBatchNormalization
 
 
 @pytest.mark.parametrize(
@@ -64,20 +65,20 @@ def test_initial_values_are_torchvisions():
 
 
 def test_heads_have_the_papers_sizes():
-    projector, predictor = encoders.isd_heads(512)
+    projector, predictor = heads.isd_heads(512)
     assert projector is None
     shapes = [tuple(w.shape) for w in predictor.trainable_weights]
     # Linear without bias, BatchNorm's gamma and beta, Linear with bias.
     assert shapes == [(512, 512), (512,), (512,), (512, 512), (512,)]
 
-    projector, predictor = encoders.isd_plus_heads(2048)
+    projector, predictor = heads.isd_plus_heads(2048)
     assert [w.shape[0] for w in projector.trainable_weights] == [2048, 4096, 4096, 4096, 4096, 512]
     assert predictor.input_shape == predictor.output_shape == (None, 512)
     assert predictor.get_layer("linear1").kernel.shape == (512, 4096)
 
 
 def test_heads_start_as_pytorchs_linear_layers():
-    _, predictor = encoders.isd_plus_heads(1024)
+    _, predictor = heads.isd_plus_heads(1024)
     layer = predictor.get_layer("linear1")
     limit = 1 / np.sqrt(256)
     for values in (layer.kernel.numpy(), layer.bias.numpy()):
@@ -91,11 +92,11 @@ def test_unknown_encoder_lists_the_known_ones():
     with pytest.raises(ValueError, match="image_size=4"):
         isd_tf.build_encoder("resnet18", 4)
     with pytest.raises(ValueError, match="30 features"):
-        encoders.isd_plus_heads(30)
+        heads.isd_plus_heads(30)
 
 
 def test_groups_are_normalised_each_by_itself_and_their_mean_is_remembered():
-    layer = encoders.GroupedBatchNormalization(3, momentum=0.9, epsilon=1e-5)
+    layer = GroupedBatchNormalization(3, momentum=0.9, epsilon=1e-5)
     x = np.random.default_rng(0).normal(2.0, 3.0, size=(12, 5, 5, 4)).astype(np.float32)
     y = layer(x, training=True).numpy()
     parts = x.reshape(3, 4, 5, 5, 4).astype(np.float64)

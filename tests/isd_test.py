@@ -6,7 +6,6 @@ from small_models import INPUTS, B, D, K, image_batches, linear_encoder, softmax
 
 import isd_tf
 from isd_tf.methods import losses
-from isd_tf.networks import encoders
 from isd_tf.training import monitoring
 
 
@@ -96,7 +95,7 @@ def vectors(steps):
     return tf.data.Dataset.from_tensor_slices(data).batch(8, drop_remainder=True)
 
 
-def resnet_isd(strategy, synchronized, shuffled=False, heads=encoders.isd_plus_heads):
+def resnet_isd(strategy, synchronized, shuffled=False, heads=isd_tf.isd_plus_heads):
     keras.utils.set_random_seed(3)
     with strategy.scope():
         encoder = isd_tf.build_encoder("tiny_resnet", 16, 4, synchronized)
@@ -110,7 +109,7 @@ def resnet_isd(strategy, synchronized, shuffled=False, heads=encoders.isd_plus_h
 
 def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replicas):
     """With ISD's heads; ISD+'s, several processes and views: multi_worker_test.py."""
-    settings = dict(synchronized=True, heads=encoders.isd_heads)
+    settings = dict(synchronized=True, heads=isd_tf.isd_heads)
     one = resnet_isd(tf.distribute.get_strategy(), **settings)
     two = resnet_isd(two_replicas, **settings)
     for ours, theirs in zip(one.variables, two.variables, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import isd_tf
-from isd_tf.networks import encoders
+from isd_tf.networks.heads import HEADS
 from isd_tf.training import distribution
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def scaling():
 
 def make_networks(heads="isd_plus", synchronized=False):
     encoder = isd_tf.build_encoder("tiny_resnet", SIDE, 8, synchronized)
-    return encoder, *encoders.HEADS[heads](encoder.output_shape[-1], synchronized)
+    return encoder, *HEADS[heads](encoder.output_shape[-1], synchronized)
 
 
 def make_model(networks, synchronized=False):
@@ -36,7 +36,7 @@ def make_model(networks, synchronized=False):
     return model
 
 
-@pytest.mark.parametrize("heads", encoders.HEADS)
+@pytest.mark.parametrize("heads", HEADS)
 def test_bytes_of_variables(scaling, heads):
     networks = make_networks(heads)
     model = make_model(networks)

@@ -20,7 +20,6 @@ import tensorflow as tf
 
 import isd_tf
 from isd_tf.data import datasets
-from isd_tf.networks import encoders
 from isd_tf.training import cluster, distribution, monitoring
 
 STEPS, BATCH = 24, 8
@@ -45,7 +44,7 @@ def train(strategy, dtype="float64", batch_norm="synchronized", steps_per_execut
     })[batch_norm]  # fmt: skip
     with strategy.scope():
         encoder = isd_tf.build_encoder("tiny_resnet", 16, 4, **kind)
-        heads = encoders.isd_plus_heads(16, **kind)
+        heads = isd_tf.isd_plus_heads(16, **kind)
         model = isd_tf.ISD(encoder, *heads, 37, 0.2, 0.2, 0.9)
         optimizer = isd_tf.TorchSGD(isd_tf.CosineByEpoch(0.003, 4, STEPS // 4))
         model.compile(optimizer, steps_per_execution=steps_per_execution, **compile)

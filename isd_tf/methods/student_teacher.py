@@ -6,7 +6,7 @@ This file owns who moves how, what is trained and what is saved. It knows no los
 import keras
 import tensorflow as tf
 
-from isd_tf.networks import encoders
+from isd_tf.networks.batch_norm import GroupedBatchNormalization
 from isd_tf.training import distribution
 
 
@@ -65,7 +65,7 @@ class StudentTeacher(keras.Model):
             autocast=False, aggregation="none",
         )  # fmt: skip
         layers = (*encoder.layers, *(projector.layers if projector else ()))
-        self._groups = any(isinstance(x, encoders.GroupedBatchNormalization) for x in layers)
+        self._groups = any(isinstance(x, GroupedBatchNormalization) for x in layers)
         self.built = True
 
     @property

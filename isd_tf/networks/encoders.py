@@ -1,18 +1,16 @@
-"""Encoders and heads: images to features to embeddings.
+"""Encoders: images to features.
 
 ResNets in torchvision's layout: strided convolutions pad symmetrically (TensorFlow's "same" does
 not, which costs weights carried over from PyTorch several points), the bottleneck strides its 3x3
 convolution, and layers bear torchvision's names with underscores for dots.
 
-Sources: He et al. 2016; torchvision.models.resnet; UMBCvision/ISD train_isd.py:98-135 and
-train_isd_plus.py:96-137 for the heads.
+Sources: He et al. 2016; torchvision.models.resnet.
 """
 
-import functools
-
 import keras
-import tensorflow as tf
 from keras import layers
+
+from isd_tf.networks.batch_norm import batch_norm
 
 # Inputs up to this side have a stem of one 3x3 convolution, without pooling.
 LARGEST_SMALL_IMAGE = 64
@@ -136,148 +134,3 @@ class _ResNetLayers:
             x = self.convolution(x, channels, 1, stride, f"{name}_downsample_0")
             x = self.batch_norm(x, f"{name}_downsample_1")
         return self.relu(layers.Add(name=f"{name}_add")([x, y]), f"{name}_relu")
-
-
-def batch_norm(synchronized: bool, groups: int, name: str) -> layers.BatchNormalization:
-    """BatchNorm with PyTorch's constants (its momentum 0.1 is Keras' 0.9)."""
-    settings = dict(momentum=0.9, epsilon=1e-5, name=name)
-    if groups > 1:
-        if synchronized:
-            raise ValueError(
-                "BatchNorm's statistics are either synchronised or those of groups. Received: "
-                f"synchronized=True, groups={groups}."
-            )
-        return GroupedBatchNormalization(groups, **settings)
-    return layers.BatchNormalization(synchronized=synchronized, **settings)
-
-
-@keras.saving.register_keras_serializable("isd_tf")
-class GroupedBatchNormalization(layers.BatchNormalization):
-    """BatchNorm over each of several groups of a batch: one device with the statistics of many.
-
-    A batch [B, ..., C] is normalised in `groups` parts of B / groups consecutive examples, as that
-    many devices would. The moving statistics gather the mean of the groups' own.
-
-    Args:
-        groups: number of parts; must divide the batch.
-        **kwargs: as in keras.layers.BatchNormalization.
-
-    Raises:
-        ValueError: if groups is not positive, or does not divide a batch.
-    """
-
-    def __init__(self, groups: int, **kwargs):
-        super().__init__(**kwargs)
-        if groups < 1:
-            raise ValueError(f"BatchNorm needs at least one group. Received: groups={groups}.")
-        self.groups = groups
-
-    def call(self, inputs, training=None, mask=None):
-        if not training:
-            return super().call(inputs, training=False, mask=mask)
-        if (inputs.shape[0] or 0) % self.groups:
-            raise ValueError(
-                f"BatchNorm's {self.groups} groups share a batch evenly. Received: a batch of "
-                f"{inputs.shape[0]}. Use a multiple of {self.groups}."
-            )
-        shape = tf.shape(inputs)
-        # In the weights' precision, also where the network computes in half of it.
-        x = tf.cast(inputs, self.variable_dtype)
-        x = tf.reshape(x, tf.concat([[self.groups, shape[0] // self.groups], shape[1:]], 0))
-        axes = list(range(1, inputs.shape.rank))
-        mean, variance = tf.nn.moments(x, axes, keepdims=True)  # [groups, 1, ..., C]
-        for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            new = tf.reshape(tf.reduce_mean(statistic, axis=0), [-1])
-            moving.assign(moving * self.momentum + new * (1 - self.momentum))
-        x = tf.nn.batch_normalization(x, mean, variance, self.beta, self.gamma, self.epsilon)
-        return tf.cast(tf.ensure_shape(tf.reshape(x, shape), inputs.shape), self.compute_dtype)
-
-    def get_config(self):
-        return {**super().get_config(), "groups": self.groups}
-
-
-# -------------------------------------------------------------------------------------- heads
-
-
-def isd_heads(
-    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
-) -> tuple[None, keras.Model]:
-    """ISD: embeddings are the features themselves; the student alone has a predictor.
-
-    Returns:
-        (None, predictor): predictor is Linear(d, d) without bias - BN - ReLU - Linear(d, d).
-    """
-    norm = functools.partial(batch_norm, synchronized_batch_norm, batch_norm_groups)
-    predictor = _two_layer_perceptron(
-        feature_dim, feature_dim, feature_dim, False, norm, "predictor"
-    )
-    return None, predictor
-
-
-def isd_plus_heads(
-    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
-) -> tuple[keras.Model, keras.Model]:
-    """ISD+ and BYOL-asym: a projector on both sides, and a predictor on the student's.
-
-    Returns:
-        (projector, predictor): Linear(d, 2d) - BN - ReLU - Linear(2d, d / 4), and
-        Linear(d / 4, 2d) - BN - ReLU - Linear(2d, d / 4).
-
-    Raises:
-        ValueError: if feature_dim is not a multiple of 4.
-    """
-    if feature_dim % 4:
-        raise ValueError(
-            f"ISD+ projects features to a quarter of their size. Received: {feature_dim} features."
-        )
-    hidden, embedding = 2 * feature_dim, feature_dim // 4
-    norm = functools.partial(batch_norm, synchronized_batch_norm, batch_norm_groups)
-    projector = _two_layer_perceptron(feature_dim, hidden, embedding, True, norm, "projector")
-    predictor = _two_layer_perceptron(embedding, hidden, embedding, True, norm, "predictor")
-    return projector, predictor
-
-
-def moco_v2_heads(
-    feature_dim: int, synchronized_batch_norm: bool = False, batch_norm_groups: int = 1
-) -> tuple[keras.Model, None]:
-    """MoCo v2: a projector on both sides, without BatchNorm, and no predictor.
-
-    Returns:
-        (projector, None): Linear(d, d) - ReLU - Linear(d, 128).
-
-    Source: Chen et al., arXiv:2003.04297; facebookresearch/moco main_moco.py, --mlp.
-    """
-    del synchronized_batch_norm, batch_norm_groups  # There is none.
-    return _two_layer_perceptron(feature_dim, feature_dim, 128, True, None, "projector"), None
-
-
-HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads, "moco_v2": moco_v2_heads}
-
-
-def _two_layer_perceptron(inputs, hidden, outputs, first_bias, norm, name):
-    policy = keras.config.dtype_policy()
-    return keras.Sequential(
-        [
-            # Keras would round features to float32 where more precision is asked for.
-            keras.Input((inputs,), dtype=policy.variable_dtype),
-            _torch_dense(inputs, hidden, first_bias, "linear1"),
-            *([norm("bn")] if norm else []),
-            layers.ReLU(name="relu"),
-            # In the weights' precision: embeddings are compared more finely than half of it.
-            _torch_dense(hidden, outputs, True, "linear2", dtype=policy.variable_dtype),
-        ],
-        name=name,
-    )
-
-
-def _torch_dense(inputs, outputs, use_bias, name, dtype=None):
-    """A dense layer with PyTorch's initial values, uniform in +-1/sqrt(inputs)."""
-    limit = inputs**-0.5
-    return layers.Dense(
-        outputs,
-        use_bias=use_bias,
-        kernel_initializer=keras.initializers.RandomUniform(-limit, limit),
-        bias_initializer=keras.initializers.RandomUniform(-limit, limit),
-        dtype=dtype,
-        name=name,
-    )
