@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from isd_tf.data import photo_patches
-from isd_tf.data.decoding import IMAGE_SUFFIXES
+from isd_tf.data.pixels import IMAGE_SUFFIXES
 
 # TFDS splits of one image size that decode to less than this are held in memory.
 LARGEST_ARRAY_BYTES = 2**30

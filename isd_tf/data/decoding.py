@@ -6,7 +6,6 @@ and named in the log, so that no later batch shifts.
 """
 
 import contextlib
-import io
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+from isd_tf.data.pixels import decode, open_image
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
@@ -123,17 +121,6 @@ def decode_first_readable(
     return image, label
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes JPEG, PNG, WebP, BMP or GIF (first frame) to uint8 [H, W, 3]; may fail."""
-    image = tf.cond(
-        tf.io.is_jpeg(encoded),
-        # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
-    return tf.ensure_shape(image, [None, None, 3])
-
-
 def _decode_or_empty(source, read):
     # A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
     image = tf.data.Dataset.from_tensors(source).map(lambda x: decode(read(x))).ignore_errors()
@@ -144,20 +131,10 @@ def _decode_or_empty(source, read):
 def _decode_by_pillow(source, read, name, unreadable):
     def decode_or_report(source, name):
         try:
-            return pillow_decode(read(tf.constant(source)).numpy())
+            return np.asarray(open_image(read(tf.constant(source)).numpy()))
         except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
             unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
             return np.zeros([0, 0, 3], np.uint8)
 
     image = tf.numpy_function(decode_or_report, [source, name], tf.uint8, stateful=True)
     return tf.ensure_shape(image, [None, None, 3])
-
-
-def pillow_decode(encoded: bytes) -> np.ndarray:
-    """Decodes an image by Pillow to uint8 [H, W, 3]; raises what Pillow raises."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion of 16 bits clips at 255 instead of scaling.
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(gray[..., np.newaxis], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
