@@ -27,7 +27,7 @@ from isd_tf.networks.heads import isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.serving.export import export_encoder
 from isd_tf.training.optimizers import TorchSGD
 from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch
-from isd_tf.views import augment
+from isd_tf.views import augment, layers
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "isd_heads",
     "isd_plus_heads",
     "knn_accuracy",
+    "layers",
     "losses",
     "moco_v2_heads",
     "pretraining_batches",

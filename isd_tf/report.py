@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from isd_tf.evaluation.neighbors import QueueNeighbors
-from isd_tf.views import augment
+from isd_tf.views import photometric
 
 # A person sees no more of one image, and no grid needs more pixels.
 INCHES_PER_IMAGE = 1.1
@@ -104,7 +104,7 @@ def _grid(rows, columns, height):
 
 
 def _show(axis, view, text="", frame=None):
-    axis.imshow(augment.denormalize(view))
+    axis.imshow(photometric.denormalize(view))
     axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
     if frame:
         side = np.array(view.shape[:2]) - 1

@@ -100,7 +100,7 @@ def address():
 
 
 def fingerprint(batch):
-    return tuple(np.asarray(batch[key]).tobytes() for key in sorted(batch))
+    return tuple(np.asarray(part).tobytes() for part in tf.nest.flatten(batch))
 
 
 @pytest.mark.parametrize("kind", ["arrays", "files", "records"])
@@ -108,8 +108,9 @@ def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_pat
     dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
     batches = take(dataset, 60, service, **settings)
-    for view in ("teacher_view", "student_view"):
-        assert batches[0][view].shape == (BATCH, SIZE, SIZE, 3)
+    for view, recipe in (("teacher_view", "weak"), ("student_view", "strong")):
+        crops, seeds = batches[0][view][recipe]
+        assert crops.shape == (BATCH, SIZE, SIZE, 3) and seeds.shape == (BATCH, 2)
     # Bit for bit. Here and there the service is ahead of the local pipeline.
     local = {fingerprint(batch): i for i, batch in enumerate(take(dataset, 120, **settings))}
     steps = [local[fingerprint(batch)] for batch in batches]
@@ -125,7 +126,7 @@ def test_two_trainers_share_the_batches_of_one_job(service):
     ]
     # With a replica in each, an element is half of a global batch.
     local = {
-        fingerprint({key: values[first : first + 2] for key, values in batch.items()}): (i, first)
+        fingerprint(tf.nest.map_structure(lambda x, at=first: x[at : at + 2], batch)): (i, first)
         for i, batch in enumerate(take(arrays(), 120))
         for first in (0, 2)
     }

@@ -12,6 +12,7 @@ from isd_tf.data.batches import pretraining_batches
 from isd_tf.data.datasets import ArrayDataset, FileDataset
 from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import neighbors
+from isd_tf.views import augment
 
 SIZE, BATCH, QUEUE, SEED = 8, 6, 20, 3
 
@@ -33,6 +34,10 @@ def trained():
     batches = pretraining_batches(images(30, 0), ("weak", "strong"), SIZE, BATCH, SEED)
     model.fit(batches, steps_per_epoch=8, verbose=0, shuffle=False)
     return model
+
+
+def teacher_rows(batch):
+    return unit(tf.reshape(augment.finish(batch["teacher_view"]), [BATCH, -1]).numpy())
 
 
 def find(model, queries=None, train=None, **settings):
@@ -98,7 +103,7 @@ def test_streams_show_their_own_images_and_few_queries(tmp_path):
     encoder = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
     model = isd_tf.ISD(encoder, None, None, QUEUE)
     for batch in pretraining_batches(train, ("weak", "weak"), SIZE, BATCH, SEED).take(4):
-        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1])), batch["label"])
+        model.queue.enqueue(teacher_rows(batch), batch["label"])
         model.step.assign_add(1)
     query = isd_tf.subsets.take(train, np.array([17]), "one")
     found = find(model, query, train, views=("weak", "weak"))
@@ -121,7 +126,7 @@ def test_images_that_the_training_has_tolerated_are_tolerated(tmp_path):
     tolerant = Unreadable(30, 0.1)
     recipe = (("weak", "weak"), SIZE, BATCH, SEED)
     for batch in pretraining_batches(train, *recipe, unreadable=tolerant).take(5):
-        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1])), batch["label"])
+        model.queue.enqueue(teacher_rows(batch), batch["label"])
         model.step.assign_add(1)
     queries = isd_tf.subsets.take(train, np.array([6, 7, 8]), "three")
     found = find(model, queries, train, views=("weak", "weak"), unreadable=Unreadable(30, 0.1))
@@ -138,7 +143,7 @@ def test_images_without_labels_are_shown_as_well():
     batches = pretraining_batches(train, ("weak", "weak"), SIZE, BATCH, SEED)
     model.step.assign(0)
     for batch in batches.take(4):
-        model.queue.enqueue(unit(tf.reshape(batch["teacher_view"], [BATCH, -1]).numpy()))
+        model.queue.enqueue(teacher_rows(batch))
         model.step.assign_add(1)
     found = find(model, train, train, views=("weak", "weak"))
     assert (found.query_labels == -1).all() and (found.anchor_labels == -1).all()

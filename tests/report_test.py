@@ -4,7 +4,7 @@ from PIL import Image
 
 from isd_tf import report
 from isd_tf.evaluation.neighbors import QueueNeighbors
-from isd_tf.views.augment import CHANNEL_MEAN, CHANNEL_STD
+from isd_tf.views.photometric import CHANNEL_MEAN, CHANNEL_STD
 
 PALETTE = [(230, 20, 20), (20, 200, 20), (20, 20, 220), (220, 200, 30), (120, 30, 160)]
 

@@ -9,6 +9,7 @@ import isd_tf
 from isd_tf.data import subsets
 from isd_tf.data.batches import evaluation_batches, pretraining_batches
 from isd_tf.data.datasets import ArrayDataset, FileDataset
+from isd_tf.views import photometric
 
 CLASSES = 6
 
@@ -53,7 +54,7 @@ def contents(dataset):
     views = evaluation_batches(dataset, 8, 16)
     numbers = []
     for images, labels in views:
-        red = images[:, 0, 0, 0] * isd_tf.augment.CHANNEL_STD[0] + isd_tf.augment.CHANNEL_MEAN[0]
+        red = photometric.denormalize(images)[:, 0, 0, 0]
         numbers += list(zip(np.round(red * 255).astype(int), labels.numpy(), strict=True))
     return sorted(numbers)
 

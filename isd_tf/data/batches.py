@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import Unreadable, decode_first_readable
-from isd_tf.views import augment
+from isd_tf.views import augment, crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
@@ -73,9 +73,10 @@ def pretraining_batches(
         data_service: where other machines prepare the batches, first come first served.
 
     Returns:
-        Dicts of "teacher_view" and "student_view", float32 [b, S, S, 3] normalised, and, if the
-        dataset has labels, "label", int64 [b]. One global batch is one element for each replica of
-        this worker in turn, b = B / replicas.
+        Dicts of "teacher_view" and "student_view" and, if the dataset has labels, "label", int64
+        [b]. A view is the host's half of one: under its recipe's name uint8 crops [b, S, S, 3] and
+        their seeds, int64 [b, 2]. The model does the rest; `augment.finish` does it by hand. One
+        global batch is one element for each replica of this worker in turn, b = B / replicas.
 
     Raises:
         ValueError: for an unknown recipe, a batch larger than the dataset, or one that the replicas
@@ -109,19 +110,20 @@ def pretraining_batches(
         workers=context.num_input_pipelines,
         worker=context.input_pipeline_id,
     )
-    images = READERS[type(dataset)](dataset, order, unreadable)
+    look = _RandomCrops(
+        image_size,
+        tuple(augment.RECIPES[recipe].area for recipe in views),
+        (2 * seed, 2 * seed + 1),
+    )
+    seen = READERS[type(dataset)](dataset, order, look, unreadable)
+    batches = seen.rebatch(global_batch_size // context.num_replicas_in_sync, drop_remainder=True)
 
-    def two_views(places, images, labels):  # [n], [n, H, W, 3], [n]
+    def two_views(places, cut, labels):  # [b], two of [b, S, S, 3], [b]
         batch = {"label": labels} if is_labelled(dataset) else {}
-        for view, (name, recipe) in enumerate(zip(("teacher", "student"), views, strict=True)):
-            # Places count images over the whole training, so that no two views share a seed.
-            seeds = tf.stack([tf.zeros_like(places) + 2 * seed + view, places], axis=1)
-            batch[f"{name}_view"] = augment.RECIPES[recipe](images, seeds, image_size)
-        return batch
+        parts = zip(("teacher_view", "student_view"), views, cut, look.seeds(places), strict=True)
+        return batch | {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
 
-    replica_batch_size = global_batch_size // context.num_replicas_in_sync
-    batches = images.map(two_views, tf.data.AUTOTUNE)
-    batches = batches.rebatch(replica_batch_size, drop_remainder=True)
+    batches = _map(batches, two_views)
     options = tf.data.Options()
     options.deterministic = True
     batches = batches.with_options(options)
@@ -152,50 +154,40 @@ def evaluation_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
     """
-    if isinstance(dataset, ArrayDataset):
-        images = tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset)))
-        images = images.batch(batch_size)
-    else:
-        images = readable_images(dataset, unreadable)
-    views = images.map(
-        lambda images, labels: (augment.evaluation_view(images, image_size), labels),
-        tf.data.AUTOTUNE,
-    )
-    return views.rebatch(batch_size).prefetch(PREFETCHED_BATCHES)
+    seen = _in_own_order(dataset, _CentreCrop(image_size), unreadable, batch_size)
+
+    def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
+        return augment.normalize(augment.to_unit_range(crops[0])), labels
+
+    return _map(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
 
 
-def readable_images(dataset: Dataset, unreadable: Unreadable | None = None) -> tf.data.Dataset:
-    """Decodes the images of a dataset in its own order, those that cannot be read left out.
+def numbered_views(
+    dataset: Dataset,
+    views: tuple[str, str],
+    image_size: int,
+    seed: int,
+    unreadable: Unreadable | None = None,
+) -> tf.data.Dataset:
+    """Draws both views of each image of a dataset in its own order, by its number.
 
     Args:
-        dataset: what to read.
-        unreadable: counts images that cannot be read; by default none is tolerated.
+        dataset: few images.
+        views, image_size, seed: as in `pretraining_batches`.
+        unreadable: counts images that cannot be read, which are left out.
 
     Returns:
-        Pairs of uint8 [1, H, W, 3] and int64 [1], labels (-1: unknown).
+        Triples of the teacher's and the student's view, each as `pretraining_batches` has them
+        with b = 1, and of the label, int64 [1] (-1: unknown).
     """
-    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    areas = tuple(augment.RECIPES[recipe].area for recipe in views)
+    look = _RandomCrops(image_size, areas, (2 * seed, 2 * seed + 1))
 
-    def decode_one(source, read, name, label):
-        candidate = lambda attempt: (source, name, label)  # noqa: E731
-        return decode_first_readable(candidate, read, 1, unreadable)
+    def two_views(places, crops, labels):
+        parts = zip(views, crops, look.seeds(places), strict=True)
+        return *({recipe: (crop, seeds)} for recipe, crop, seeds in parts), labels
 
-    if isinstance(dataset, ArrayDataset):
-        return tf.data.Dataset.from_tensor_slices((dataset.images, _labels(dataset))).batch(1)
-    if isinstance(dataset, FileDataset):
-        files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
-        images = files.map(
-            lambda path, label: decode_one(path, tf.io.read_file, path, label), tf.data.AUTOTUNE
-        )
-    else:
-        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-
-        def decode_record(file, index, record):
-            encoded, label = dataset.parse(record)
-            return decode_one(encoded, tf.identity, _record_name(file, index), label)
-
-        images = records.map(decode_record, tf.data.AUTOTUNE)
-    return images.filter(lambda image, label: tf.size(image) > 0).batch(1)
+    return _map(_in_own_order(dataset, look, unreadable, 1).rebatch(1), two_views)
 
 
 def probe_batches(
@@ -217,20 +209,20 @@ def probe_batches(
         unreadable: counts images that cannot be read, which the next ones replace.
 
     Returns:
-        Pairs of float32 [b, S, S, 3], `augment.linear_view`s, and int64 [b], labels.
+        Pairs of float32 [b, S, S, 3], `augment.LINEAR`'s views, and int64 [b], labels.
     """
     unreadable = unreadable or Unreadable(len(dataset), 0.0)
     order = _Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
-    images = READERS[type(dataset)](dataset, order, unreadable)
+    look = _RandomCrops(image_size, (augment.LINEAR.area,), (seed,))
+    seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
-    def one_view(places, images, labels):  # [n], [n, H, W, 3], [n]
-        seeds = tf.stack([tf.zeros_like(places) + seed, places], axis=1)
-        return augment.linear_view(images, seeds, image_size), labels
+    def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
+        return augment.LINEAR.finish(crops[0], look.seeds(places)[0]), labels
 
-    views = images.map(one_view, tf.data.AUTOTUNE)
-    return views.rebatch(order.global_batch_size).prefetch(PREFETCHED_BATCHES)
+    views = _map(seen.rebatch(order.global_batch_size), finish)
+    return views.prefetch(PREFETCHED_BATCHES)
 
 
 def check_views(views: tuple[str, ...]) -> None:
@@ -277,8 +269,95 @@ def _require_workers(address):
             ) from None
 
 
+# --------------------------------------------------------------------- what is seen of an image
+
+
+class _RandomCrops(NamedTuple):
+    """One random crop for each view, drawn from (seed of the view, place)."""
+
+    size: int
+    areas: tuple[tuple[float, float], ...]
+    view_seeds: tuple[int, ...]
+
+    def seeds(self, places):
+        """For each view int64 [n, 2] of places [n]."""
+        # Places count images over the whole training, so that no two views share a seed.
+        return [tf.stack([tf.zeros_like(places) + seed, places], 1) for seed in self.view_seeds]
+
+    def draws(self, places):  # [n]
+        return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
+
+    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
+        return tuple(
+            crops.resize_boxes(images, crops.crop_boxes(of_view, images, area), self.size)
+            for of_view, area in zip(tf.unstack(draws, axis=1), self.areas, strict=True)
+        )
+
+
+class _CentreCrop(NamedTuple):
+    """The evaluation view's crop."""
+
+    size: int
+
+    def draws(self, places):
+        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
+
+    def __call__(self, images, draws):
+        return (crops.centre_crops(images, self.size),)
+
+
+def _in_own_order(dataset, look, unreadable, batch_size):
+    """What is seen of a dataset's images in its own order, those that cannot be read left out.
+
+    Returns a dataset of (numbers [n], for each view [n, S, S, 3], labels [n]).
+    """
+    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    if isinstance(dataset, ArrayDataset):
+        with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
+            all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
+
+        def look_at_batch(first):
+            numbers = tf.range(first, tf.minimum(first + batch_size, len(dataset)))
+            seen = look(all_images[first : first + batch_size], look.draws(numbers))
+            return numbers, seen, all_labels[first : first + batch_size]
+
+        firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
+        return _map(firsts, look_at_batch)
+
+    def decode_one(number, source, read, name, label):
+        candidate = lambda attempt: (source, name, label)  # noqa: E731
+        image, label = decode_first_readable(candidate, read, 1, unreadable)
+        return number, image, label
+
+    if isinstance(dataset, FileDataset):
+        files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
+
+        def decode_file(number, file):
+            path, label = file
+            return decode_one(number, path, tf.io.read_file, path, label)
+
+        images = _map(files.enumerate(), decode_file)
+    else:
+        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
+
+        def decode_record(number, record):
+            file, index, example = record
+            encoded, label = dataset.parse(example)
+            return decode_one(number, encoded, tf.identity, _record_name(file, index), label)
+
+        images = _map(records.enumerate(), decode_record)
+
+    def look_at_one(number, image, label):
+        number = number[tf.newaxis]
+        return number, look(image[tf.newaxis], look.draws(number)), label[tf.newaxis]
+
+    images = images.filter(lambda number, image, label: tf.size(image) > 0)
+    return _map(images, look_at_one)
+
+
 # ---------------------------------------------------------------- images in the order of training
-# Each returns an endless dataset of (places [n], images [n, H, W, 3], labels [n]), this worker's.
+# Each reader returns an endless dataset of (places [n], for each view [n, S, S, 3], labels [n]),
+# this worker's.
 
 
 class _Order(NamedTuple):
@@ -338,26 +417,28 @@ class _Order(NamedTuple):
         return place % self.global_batch_size // self.rows == self.worker
 
 
-def _array_batches(dataset, order, unreadable):
+def _array_batches(dataset, order, look, unreadable):
     del unreadable  # Arrays are decoded.
     with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
         all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
 
-    def gather_batch(step):
+    def look_at_batch(step):
         places = order.places(step)
         rows = order.images_at(places)
-        return places, tf.gather(all_images, rows), tf.gather(all_labels, rows)
+        seen = look(tf.gather(all_images, rows), look.draws(places))
+        return places, seen, tf.gather(all_labels, rows)
 
-    return order.steps.map(gather_batch, tf.data.AUTOTUNE)
+    return _map(order.steps, look_at_batch)
 
 
-def _file_images(dataset, order, unreadable):
+def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step))
+        places = order.places(step)
+        return tf.data.Dataset.from_tensor_slices((places, look.draws(places)))
 
-    def decode_image(place):
+    def look_at_image(place, draws):
         def candidate(attempt):
             # What cannot be read gives way to the next image in the epoch's order.
             row = order.images_at(place, attempt)
@@ -365,12 +446,13 @@ def _file_images(dataset, order, unreadable):
 
         # When none can be read, `unreadable` ends the run.
         image, label = decode_first_readable(candidate, tf.io.read_file, len(dataset), unreadable)
-        return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
+        seen = look(image[tf.newaxis], draws[tf.newaxis])
+        return place[tf.newaxis], seen, label[tf.newaxis]
 
-    return order.steps.flat_map(places_of).map(decode_image, tf.data.AUTOTUNE)
+    return _map(order.steps.flat_map(places_of), look_at_image)
 
 
-def _record_images(dataset, order, unreadable):
+def _record_images(dataset, order, look, unreadable):
     images_per_epoch = order.images_per_epoch
     first_epoch, first_step_in_epoch = divmod(order.first_step, order.steps_per_epoch)
     skipped = first_step_in_epoch * order.global_batch_size
@@ -400,7 +482,7 @@ def _record_images(dataset, order, unreadable):
         # Here, not once for all epochs: each of a data service's workers begins with another.
         return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
-    def decode_record(place, window):
+    def look_at_record(place, window):
         files, indices, records = window
 
         def candidate(attempt):
@@ -410,14 +492,20 @@ def _record_images(dataset, order, unreadable):
         image, label = decode_first_readable(candidate, tf.identity, STREAM_CANDIDATES, unreadable)
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [message])]):
-            return place[tf.newaxis], image[tf.newaxis], label[tf.newaxis]
+            place = place[tf.newaxis]
+            return place, look(image[tf.newaxis], look.draws(place)), label[tf.newaxis]
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    return windows.map(decode_record, tf.data.AUTOTUNE)
+    return _map(windows, look_at_record)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
+
+
+def _map(dataset, function):
+    """Maps a function that is a graph as it stands: AutoGraph's search for loops takes seconds."""
+    return dataset.map(tf.autograph.experimental.do_not_convert(function), tf.data.AUTOTUNE)
 
 
 def _record_name(file, index):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf.data.batches import pretraining_batches, readable_images
+from isd_tf.data.batches import numbered_views, pretraining_batches
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.methods.feature_queue import UNKNOWN_LABEL
@@ -79,8 +79,12 @@ def find(
     wanted, found = set(places.flat), {}
     for number, batch in zip(range(first_step, step), batches, strict=False):
         first = number * global_batch_size
-        for place in wanted & set(range(first, first + global_batch_size)):
-            found[place] = _row(batch, place - first)
+        places_here = wanted & set(range(first, first + global_batch_size))
+        if places_here:
+            views_here = augment.finish(batch["teacher_view"]).numpy()
+            labels_here = batch.get("label", tf.fill([global_batch_size], UNKNOWN_LABEL)).numpy()
+        for place in places_here:
+            found[place] = views_here[place - first], labels_here[place - first]
     anchor_labels = model.queue.labels.numpy()[rows]
     for place, expected in zip(places.flat, anchor_labels.flat, strict=True):
         _, label = found[place]
@@ -102,25 +106,11 @@ def find(
 
 def _two_views(queries, views, image_size, seed):
     """Draws a view for the teacher and one for the student of each query, by its number."""
-    pairs, labels, unreadable = [], [], Unreadable(len(queries), 1)
+    unreadable, read = Unreadable(len(queries), 1), []
     with explaining([unreadable]):
-        for number, (images, label) in enumerate(readable_images(queries, unreadable)):
-            seeds = (tf.constant([[2 * seed + view, number]], tf.int64) for view in (0, 1))
-            pairs.append(
-                [
-                    augment.RECIPES[recipe](images, of_view, image_size)
-                    for recipe, of_view in zip(views, seeds, strict=True)
-                ]
-            )
-            labels.append(int(label[0]))
-    query_views, other_views = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return query_views, other_views, np.array(labels)
-
-
-def _row(batch, i):
-    """The teacher's view [S, S, 3] of an image of a batch, and its label."""
-    label = int(batch["label"][i]) if "label" in batch else UNKNOWN_LABEL
-    return batch["teacher_view"][i].numpy(), label
+        for *pair, label in numbered_views(queries, views, image_size, seed, unreadable):
+            read.append([*map(augment.finish, pair), label])
+    return [np.concatenate(side) for side in zip(*read, strict=True)]
 
 
 def _embed(model, views):

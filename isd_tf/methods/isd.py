@@ -23,8 +23,9 @@ class ISD(StudentTeacher):
         model.compile(isd_tf.TorchSGD(0.01))
         model.fit(batches, epochs=200, steps_per_epoch=5004)
 
-    Batches are dicts of "teacher_view" and "student_view", normalised images [B, S, S, 3], and
-    optionally "label", integers [B] that are only monitored. A step reports:
+    Batches are dicts of "teacher_view" and "student_view", as `pretraining_batches` makes them or
+    normalised images [B, S, S, 3], and optionally "label", integers [B] that are only monitored. A
+    step reports:
 
         loss                the KL divergence, nats, mean over the batch
         teacher_entropy     of the teacher's similarities, nats; log K where it sees no structure

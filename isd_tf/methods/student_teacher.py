@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from isd_tf.networks.batch_norm import GroupedBatchNormalization
 from isd_tf.training import distribution
+from isd_tf.views import augment
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -111,32 +112,40 @@ class StudentTeacher(keras.Model):
         """Features [B, C] of the student's encoder for normalised images [B, S, S, 3]."""
         return self.student_encoder(images, training=training)
 
-    def embed_student(self, views: tf.Tensor) -> tf.Tensor:
-        """Returns the student's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows."""
+    def embed_student(self, view) -> tf.Tensor:
+        """Returns the student's embeddings of a batch's view: [b, D] unit rows.
 
-        def embed(views):
-            x = self.student_encoder(views, training=True)
+        Args:
+            view: as `augment.finish` takes it: normalised images [b, S, S, 3], or crops and seeds.
+        """
+
+        def embed(images):
+            x = self.student_encoder(images, training=True)
             if self.student_projector:
                 x = self.student_projector(x, training=True)
             return self.predictor(x, training=True) if self.predictor else x
 
-        return self._unit_rows(self._compiled(embed)(views))
+        return self._unit_rows(self._compiled(embed)(augment.finish(view)))
 
-    def embed_teacher(self, views: tf.Tensor) -> tf.Tensor:
-        """Returns the teacher's embeddings of normalised views [b, S, S, 3]: [b, D] unit rows.
+    def embed_teacher(self, view) -> tf.Tensor:
+        """Returns the teacher's embeddings of a batch's view, as `embed_student` takes it.
 
         In training mode, so that student and teacher both normalise by batch statistics.
         """
 
-        def embed(views):
-            x = self.teacher_encoder(views, training=True)
+        def embed(images):
+            x = self.teacher_encoder(images, training=True)
             return self.teacher_projector(x, training=True) if self.teacher_projector else x
 
-        embed = self._compiled(embed)
+        def finish_and_embed(view):
+            return self._compiled(embed)(augment.finish(view))
+
         if self.shuffle_batch_norm and (self._groups or distribution.number_of_replicas() > 1):
-            x = distribution.call_shuffled(embed, views, tf.stack([self.seed, self.step.value]))
+            # Crops are shuffled before they become views: a quarter of the bytes.
+            seed = tf.stack([self.seed, self.step.value])
+            x = distribution.call_shuffled(finish_and_embed, view, seed)
         else:
-            x = embed(views)
+            x = finish_and_embed(view)
         return tf.stop_gradient(self._unit_rows(x))
 
     def update_student(self, tape: tf.GradientTape, loss: tf.Tensor) -> None:
@@ -173,6 +182,8 @@ class StudentTeacher(keras.Model):
         strategy, steps = self.distribute_strategy, self.steps_per_execution
         names = []
 
+        # AutoGraph would search the step's source for loops, which takes seconds; it has none.
+        @tf.autograph.experimental.do_not_convert
         def replica_step(batch):
             logs = self.train_step(batch)
             names[:] = logs

@@ -134,27 +134,28 @@ def replica_digests(strategy: tf.distribute.Strategy, variables: list) -> np.nda
     return workers.reshape(-1, len(variables))
 
 
-def call_shuffled(
-    function: Callable[[tf.Tensor], tf.Tensor], images: tf.Tensor, seed: tf.Tensor
-) -> tf.Tensor:
-    """Calls `function` on images shuffled across all replicas, and returns its rows unshuffled.
+def call_shuffled(function: Callable[..., tf.Tensor], examples, seed: tf.Tensor) -> tf.Tensor:
+    """Calls `function` on examples shuffled across all replicas, and returns its rows unshuffled.
 
     Where BatchNorm sees one replica, or one group, at a time (Shuffle-BN, MoCo section 3.3),
     teacher and student would otherwise share the statistics of the same images, and match by them.
 
     Args:
-        function: images [b, S, S, 3] to embeddings [b, D].
-        images: this replica's share [b, S, S, 3] of the global batch.
+        function: examples to embeddings [b, D].
+        examples: this replica's share of the global batch: a tensor [b, ...], or some in a nest.
         seed: integers [2]; the same seed gives the same permutation on every replica.
 
     Returns:
-        Embeddings [b, D] in the order of `images`.
+        Embeddings [b, D] in the order of `examples`.
     """
-    count = tf.shape(images)[0]
-    everyone = gather_across_replicas(images)  # [B, S, S, 3]
-    order = tf.random.experimental.stateless_shuffle(tf.range(tf.shape(everyone)[0]), seed)
-    own = tf.gather(everyone, own_rows(order, count))
-    # Gathering has lost the number of rows, which compilers want to know.
-    embeddings = function(tf.ensure_shape(own, images.shape))
+    count = tf.shape(tf.nest.flatten(examples)[0])[0]
+    order = tf.random.experimental.stateless_shuffle(tf.range(count * number_of_replicas()), seed)
+
+    def shuffle(values):  # [b, ...]
+        everyone = gather_across_replicas(values)  # [B, ...]
+        # Gathering has lost the number of rows, which compilers want to know.
+        return tf.ensure_shape(tf.gather(everyone, own_rows(order, count)), values.shape)
+
+    embeddings = function(tf.nest.map_structure(shuffle, examples))
     shuffled = gather_across_replicas(embeddings)  # [B, D]
     return own_rows(tf.gather(shuffled, tf.argsort(order)), count)

@@ -1,0 +1,196 @@
+"""The host's half of a view: boxes cut out of images and resized, as uint8.
+
+The resize is Pillow's: bilinear, antialiased, one axis after the other, each rounded to levels of
+255; what lies outside a box does not count, as in torchvision. Weights are whole multiples of
+2^-15, so that all sums are exact in float32: the result does not depend on the processor, on its
+threads, or on what else is in a batch. It differs from Pillow's by one level at most.
+"""
+
+import math
+
+import tensorflow as tf
+
+from isd_tf.views.randomness import Stream, between, uniforms
+
+ATTEMPTS = 10
+AREA = (0.2, 1.0)  # of the paper's views
+ASPECT = (3 / 4, 4 / 3)
+
+# Levels have 8 bits and float32 has 24: sums of levels in these weights are exact.
+WEIGHT_BITS = 15
+# Neighbouring outputs share most of their inputs: so many at a time are one matrix product.
+BLOCK = 16
+
+
+def random_resized_crop(
+    images: tf.Tensor,
+    seeds: tf.Tensor,
+    size: int,
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
+) -> tf.Tensor:
+    """Cuts a random box out of each image and resizes it.
+
+    Args:
+        images: uint8, or float32 in [0, 1], [B, H, W, 3].
+        seeds: int64 [B, 2].
+        size: side S of the result in pixels.
+        area: range of the box's share of the image's area, uniform.
+        aspect: range of the box's width over height, log-uniform.
+
+    Returns:
+        uint8 [B, S, S, 3].
+    """
+    boxes = crop_boxes(crop_draws(seeds), images, area, aspect)
+    return resize_boxes(to_levels(images), boxes, size)
+
+
+def crop_draws(seeds: tf.Tensor) -> tf.Tensor:
+    """Draws what `crop_boxes` needs for each seed of int64 [B, 2]: float32 [B, 22]."""
+    return uniforms(seeds, Stream.CROP, 2 * ATTEMPTS + 2)
+
+
+def crop_boxes(
+    draws: tf.Tensor,
+    images: tf.Tensor,
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
+) -> tf.Tensor:
+    """Chooses torchvision's random boxes: int32 [B, 4] of (top, left, height, width) in pixels.
+
+    Ten attempts an image; the first box that fits is taken. Where none fits, the largest centred
+    box of an allowed aspect is.
+
+    Args:
+        draws: [B, 22], of `crop_draws`.
+        images: [B, H, W, 3].
+        area, aspect: as in `random_resized_crop`.
+
+    Source: torchvision.transforms.RandomResizedCrop.get_params.
+    """
+    # In double precision a box does not depend on how a processor rounds.
+    draws = tf.cast(draws, tf.float64)
+    height, width = tf.unstack(tf.cast(tf.shape(images)[1:3], tf.float64))
+    pixels = height * width * between(draws[:, :ATTEMPTS], *area)
+    ratios = tf.exp(between(draws[:, ATTEMPTS : 2 * ATTEMPTS], *map(math.log, aspect)))
+    widths, heights = tf.round(tf.sqrt(pixels * ratios)), tf.round(tf.sqrt(pixels / ratios))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+
+    any_fits, first_fit = tf.reduce_any(fits, axis=1), tf.argmax(tf.cast(fits, tf.int32), axis=1)
+    box_height, box_width = (
+        tf.where(any_fits, tf.gather(sides, first_fit, batch_dims=1), largest)
+        for sides, largest in (
+            (heights, tf.minimum(height, tf.round(width / aspect[0]))),
+            (widths, tf.minimum(width, tf.round(height * aspect[1]))),
+        )
+    )
+    top = tf.where(any_fits, draws[:, -2] * (height - box_height + 1), (height - box_height) // 2)
+    left = tf.where(any_fits, draws[:, -1] * (width - box_width + 1), (width - box_width) // 2)
+    return tf.cast(tf.stack([tf.floor(top), tf.floor(left), box_height, box_width], 1), tf.int32)
+
+
+def resize_boxes(images: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
+    """Cuts one box out of each image and resizes it.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        boxes: int32 [B, 4] of (top, left, height, width) in pixels.
+        size: side S of the result in pixels.
+
+    Returns:
+        uint8 [B, S, S, 3].
+    """
+    if images.shape[0] == 1:  # Then no more than the box is worked on.
+        top, left, height, width = tf.unstack(boxes[0])
+        images = images[:, top : top + height, left : left + width]
+        boxes = tf.stack([[0, 0, height, width]])
+    starts, lengths = boxes[:, :2], boxes[:, 2:]
+    steps = tf.cast(lengths, tf.float32) / size
+    return _resample(images, tf.cast(starts, tf.float32), steps, starts, starts + lengths, size)
+
+
+def centre_crops(images: tf.Tensor, size: int) -> tf.Tensor:
+    """Resizes the shorter side of images to 256/224 of `size` and cuts the centre.
+
+    Images that already have this size pass, as small benchmark images do in the literature.
+
+    Args:
+        images: uint8 [B, H, W, 3]; H and W may be unknown until run time.
+        size: side S of the result in pixels.
+
+    Returns:
+        uint8 [B, S, S, 3]. Source: UMBCvision/ISD eval_knn.py:77-83.
+    """
+    sides = tf.shape(images)[1:3]
+
+    def resize_and_cut():
+        # What lies far outside the central square shows nowhere, and could be gigabytes.
+        shorter = tf.reduce_min(sides)
+        top, left = tf.unstack(tf.maximum(sides - 2 * shorter, 0) // 2)
+        central = images[:, top : sides[0] - top, left : sides[1] - left]
+        # torchvision rounds the longer side down, and half of the margin to even.
+        ends = tf.shape(central)[1:3]
+        resized = ends * round(size * 256 / 224) // shorter
+        steps = tf.cast(ends / resized, tf.float32)[tf.newaxis]  # [1, 2]
+        margins = tf.round(tf.cast(resized - size, tf.float32) / 2)
+        return _resample(
+            central, margins * steps, steps, tf.zeros([1, 2], tf.int32), ends[tf.newaxis], size
+        )
+
+    crops = tf.cond(tf.reduce_all(sides == size), lambda: images, resize_and_cut)
+    return tf.ensure_shape(crops, [None, size, size, 3])
+
+
+def to_levels(images: tf.Tensor) -> tf.Tensor:
+    """Rounds images in [0, 1] to uint8; uint8 images pass."""
+    return tf.image.convert_image_dtype(images, tf.uint8, saturate=True)
+
+
+def _resample(images, starts, steps, firsts, ends, size):
+    """Resizes each image [H, W, 3], or all in the same way, along both axes.
+
+    Output i of an axis is centred at starts + (i + 1/2) * steps of the input, and made of its
+    pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
+    """
+    count = tf.shape(images)[0]
+    for axis in (1, 0):  # Across first, as Pillow does with few exceptions.
+        lines = tf.transpose(images, [0, 2, 1, 3])  # this axis first
+        length, other = tf.shape(lines)[1], tf.shape(lines)[2]
+        window, weights = _blocks(
+            *(values[:, axis] for values in (starts, steps, firsts, ends)), size
+        )
+        _, blocks, _, taps = tf.unstack(tf.shape(weights))
+        lines = tf.reshape(lines, [count, length, other * 3])
+        window = tf.broadcast_to(window, [count, blocks * taps])
+        lines = tf.gather(lines, window, batch_dims=1)
+        lines = tf.cast(tf.reshape(lines, [count, blocks, taps, other * 3]), tf.float32)
+        levels = tf.cast(tf.matmul(weights, lines) + 0.5, tf.uint8)  # [B, blocks, BLOCK, other * 3]
+        images = tf.reshape(levels, [count, blocks * BLOCK, other, 3])[:, :size]
+    return tf.ensure_shape(images, [None, size, size, 3])
+
+
+def _blocks(start, step, first, end, size):
+    """Antialiased bilinear weights along one axis, for blocks of outputs; arguments [B].
+
+    Returns the inputs of each block, int32 [B, blocks * taps], and what they weigh in each of its
+    outputs, float32 [B, blocks, BLOCK, taps].
+    """
+    blocks = -(-size // BLOCK)
+    # Pillow's triangle reaches one output pixel to each side, but never less than an input pixel.
+    reach = tf.maximum(step, 1.0)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+    outputs = tf.range(blocks * BLOCK, dtype=tf.float32) + 0.5
+    centres = start[:, tf.newaxis] + outputs * step[:, tf.newaxis]
+    centres = tf.reshape(centres, [-1, blocks, BLOCK, 1])
+    span = tf.reduce_max((BLOCK - 1) * step + 2 * tf.maximum(step, 1.0))
+    taps = tf.range(tf.math.ceil(span) + 1)
+    inputs = tf.floor(centres[:, :, :1] - reach + 0.5) + taps  # [B, blocks, 1, taps]
+    weights = tf.maximum(1 - tf.abs(inputs + 0.5 - centres) / reach, 0.0)
+    first, end = (
+        tf.cast(x, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis] for x in (first, end)
+    )
+    weights = tf.where((inputs >= first) & (inputs < end), weights, 0.0)
+    # Of outputs beyond the last, which fill its block, nothing may weigh.
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=3, keepdims=True))
+    weights = tf.round(weights * 2**WEIGHT_BITS) * 2**-WEIGHT_BITS
+    window = tf.cast(tf.clip_by_value(inputs, first, end - 1), tf.int32)
+    return tf.reshape(window, [-1, blocks * tf.size(taps)]), weights

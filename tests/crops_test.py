@@ -1,0 +1,102 @@
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from photographs import PHOTO, batch, photograph, some_seeds
+from PIL import Image
+from scipy import stats
+
+from isd_tf.views import crops
+
+
+def drawn_boxes(count, height, width):
+    draws = crops.crop_draws(some_seeds(count))
+    return crops.crop_boxes(draws, tf.zeros([1, height, width, 3], tf.uint8))
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64), (119, 0, 1, 150)]
+)
+@pytest.mark.parametrize("size", [7, 48, 64])
+def test_crop_equals_pillows_antialiased_resize_but_for_a_level(box, size):
+    ours = crops.resize_boxes(batch(PHOTO), tf.constant([box]), size)[0].numpy().astype(int)
+    top, left, height, width = box
+    cut = Image.fromarray(PHOTO).crop((left, top, left + width, top + height))
+    theirs = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(ours - theirs).mean() <= 0.2  # where Pillow goes down before across; else 0.01
+
+
+def torchvision_box(random, height, width):
+    """RandomResizedCrop.get_params, written again with numpy."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.2, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return random.integers(0, height - h + 1), random.integers(0, width - w + 1), h, w
+    return None
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (375, 500), (32, 32)])
+def test_crop_boxes_are_distributed_as_torchvisions(height, width):
+    ours = drawn_boxes(4000, height, width).numpy().astype(float)
+    random = np.random.default_rng(0)
+    theirs = np.array(
+        [b for b in (torchvision_box(random, height, width) for _ in range(4000)) if b]
+    )
+    for value in (
+        lambda b: b[:, 2] * b[:, 3] / (height * width),  # area
+        lambda b: b[:, 3] / b[:, 2],  # aspect
+        lambda b: (b[:, 0] + 0.5) / (height - b[:, 2] + 1),  # place
+        lambda b: (b[:, 1] + 0.5) / (width - b[:, 3] + 1),
+    ):
+        assert stats.ks_2samp(value(ours), value(theirs)).pvalue > 1e-3
+    area = ours[:, 2] * ours[:, 3] / (height * width)
+    aspect = ours[:, 3] / ours[:, 2]
+    tolerance = 2 / min(height, width) ** 0.5  # Sides are rounded to pixels.
+    assert 0.2 * (1 - tolerance) <= area.min() < 0.25 and 0.95 < area.max() <= 1
+    assert 0.75 * (1 - tolerance) <= aspect.min() and aspect.max() <= 4 / 3 * (1 + tolerance)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))]
+)
+def test_where_no_box_fits_the_largest_centred_one_is_taken(height, width, expected):
+    boxes = drawn_boxes(50, height, width)
+    assert (np.all(boxes == expected, axis=1)).mean() > 0.9
+
+
+def test_a_crop_has_the_same_bits_alone_and_among_others():
+    images = tf.constant(np.random.default_rng(0).integers(0, 256, (60, 23, 29, 3), np.uint8))
+    cut = tf.function(crops.random_resized_crop, reduce_retracing=True)
+    for size in (17, 40):
+        whole = cut(images, some_seeds(60), size)
+        for rows in (1, 3, 4, 15, 30):
+            parts = [
+                cut(images[first : first + rows], some_seeds(60)[first : first + rows], size)
+                for first in range(0, 60, rows)
+            ]
+            np.testing.assert_array_equal(tf.concat(parts, 0), whole)
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 150), (150, 120), (300, 301), (20, 33)])
+def test_centre_crop_equals_pillows_resize_and_centre_crop(height, width):
+    image = photograph("coffee.png", (width, height))
+    ours = crops.centre_crops(batch(image), 56)[0].numpy().astype(int)
+    short = min(height, width)
+    size = [64 * width // short, 64 * height // short]  # 256 / 224 of 56
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    top, left = (round((side - 56) / 2) for side in resized.shape[:2])
+    theirs = resized[top : top + 56, left : left + 56]
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(ours - theirs).mean() <= 0.2  # where Pillow goes down before across; else 0.01
+
+
+@pytest.mark.parametrize("shape", [(1, 10_000), (10_000, 2), (30, 200)])
+def test_centre_crop_of_very_long_images_shows_their_centre(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    centre = tuple(slice(max(s // 2 - min(shape), 0), s // 2 + min(shape)) for s in shape)
+    image[centre] = 255
+    np.testing.assert_array_equal(crops.centre_crops(batch(image), 56), 255)
