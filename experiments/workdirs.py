@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 
 import flagfiles
+import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
 from isd_tf.training import cluster

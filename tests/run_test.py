@@ -45,6 +45,7 @@ def finished(photos, tmp_path_factory):
         command(*small_run(photos, workdir)), cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # Nothing of TensorFlow's.
     (workdir / "output.txt").write_text(result.stdout)
     return workdir
 
@@ -203,7 +204,7 @@ def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp
 
 
 @pytest.mark.parametrize("flag_file", FLAG_FILES)
-def test_every_flag_file_runs(flag_file, photos, tmp_path):
+def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
     """Its own recipe, at the size of a test: networks, data and length are replaced."""
     unbalanced, whole = "unbalanced" in flag_file, flag_file == "quickstart.flags"
     call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
@@ -387,6 +388,7 @@ def test_the_untrained_contestant_is_the_student_before_its_first_step():
         (["--keep_every_epochs=-1"], "--keep_every_epochs must be at least 0"),
         (["--learning_rate_schedule=drops"], "--drop_epochs=141,181"),
         (["--epochs=0"], "--epochs must be at least 1.*0"),
+        ([f"--batch_size={10**20}"], "--batch_size must be .* at most 2147483647. Received: 10000"),
         (["--knn_every_epochs=-1"], "--knn_every_epochs must be at least 0.*-1"),
         (["--max_unreadable=5"], "--max_unreadable must be at least 0 and at most 1.*5"),
         (["--seed=-1"], "--seed must be at least 0"),
