@@ -20,7 +20,7 @@ import program  # With oneDNN as in run.py: without it the same views differ in 
 
 
 def main() -> None:
-    program.require_unix()
+    program.prepare()
     # argparse, not absl: what is wrong ends with exit code 2.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

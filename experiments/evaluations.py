@@ -6,11 +6,11 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 import functools
 import json
 import pathlib
-import shutil
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import program
 import tensorflow as tf
 import workdirs
 from program import say
@@ -108,8 +108,7 @@ def evaluate(run: Run) -> list[str]:
         What went wrong, a sentence for each evaluation that failed: the others are done all the
         same, and so is what comes after a long training.
     """
-    for leftover in (run.workdir / "features").glob("unfinished-*"):
-        shutil.rmtree(leftover)  # Of a call that was killed: the workdir is this one's.
+    workdirs.remove_unfinished(run.workdir / "features")
     failures = []
     for name in FLAGS.evaluations:
         try:
@@ -121,17 +120,9 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             with run.explaining():
                 EVALUATIONS[name](run)
-        except (ValueError, OSError, tf.errors.OpError) as error:
-            failures.append(f"The evaluation {name} failed: {_sentence(error)}")
-            say(failures[-1])
+        except Exception as error:  # Whatever it is, hours of training are worth more.
+            failures.append(program.failure(f"The evaluation {name}", error))
     return failures
-
-
-def _sentence(error):
-    """What an error says, without the many lines of TensorFlow's."""
-    if isinstance(error, tf.errors.OpError):
-        return f"{type(error).__name__}: {error.message.splitlines()[0]}"
-    return str(error)
 
 
 def _reason_not_to(name, run):
@@ -324,7 +315,7 @@ def evaluate_transfer(run: Run) -> None:
                 ]
         # No other OSError: a full disk is no reason to leave a dataset out.
         except (ValueError, FileNotFoundError, PermissionError, tf.errors.OpError) as error:
-            left_out[name] = _sentence(error)
+            left_out[name] = program.sentence(error)
             say(
                 f"  Left out: {left_out[name]}\n  (Here --tfds_data_dir names TFDS' folder, and "
                 "folder:PATH among --transfer a folder.)"

@@ -163,7 +163,7 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    program.require_unix()
+    program.prepare()
     here = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags_of_run = sys.argv[here + 1 :]
     # argparse, not absl: what is wrong ends with exit code 2, and --flagfile is left to run.py.

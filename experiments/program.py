@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
-from absl import app, flags
+from absl import app, flags, logging
 
 # TensorFlow leaves oneDNN off on CPUs without AVX-512, at half the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -25,7 +25,7 @@ def begin(read_flags: Callable[[list[str]], None]) -> None:
     Args:
         read_flags: reads and checks what `sys.argv` says.
     """
-    require_unix()
+    prepare()
     app.define_help_flags()
     with _errors_in_a_sentence():
         read_flags(sys.argv)
@@ -41,8 +41,14 @@ def run(main: Callable[[], None]) -> None:
     app.run(in_sentences, argv=sys.argv[:1], flags_parser=lambda arguments: arguments)
 
 
-def require_unix() -> None:
-    """Ends a program on Windows, which has neither locks nor signals of this kind."""
+def prepare() -> None:
+    """Comes first in every program.
+
+    No name of a file or class ends a run in a terminal that cannot show it: it is escaped. Windows,
+    which has neither locks nor signals of this kind, is refused.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     if importlib.util.find_spec("fcntl") is None:
         sys.exit("These programs need Linux or macOS. Received: Windows. Use WSL there.")
 
@@ -52,14 +58,32 @@ def _errors_in_a_sentence() -> Iterator[None]:
     """Ends errors in one sentence, and with --verbosity=1 in a stack trace as well."""
     try:
         yield
-    except (flags.Error, ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:
         if FLAGS.is_parsed() and FLAGS.verbosity >= 1:
             raise
         more = "--help explains all flags" if isinstance(error, flags.Error) else ""
         more = more or "--verbosity=1 shows where this was found"
         name = pathlib.Path(sys.argv[0]).name
-        print(f"{name}: {error}\n({more}.)", file=sys.stderr, flush=True)
+        print(f"{name}: {sentence(error)}\n({more}.)", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", 1))
+
+
+def sentence(error: Exception) -> str:
+    """What an error says to the person who started the program."""
+    if "tensorflow" not in sys.modules:
+        known = isinstance(error, flags.Error | ValueError | OSError)
+        return str(error) if known else f"{type(error).__name__}: {error}"
+    from isd_tf.training import errors
+
+    return errors.sentence(error)
+
+
+def failure(what: str, error: Exception) -> str:
+    """Says that a part of the work has failed, which the other parts survive; returns the text."""
+    text = f"{what} failed: {sentence(error)}"
+    say(text)
+    logging.debug("Where this was found:", exc_info=error)  # With --verbosity=1.
+    return text
 
 
 def say(text: str) -> None:

@@ -136,7 +136,9 @@ def choose_devices():
         + f": global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
     )
     if index > 0:
-        sys.stdout = open(os.devnull, "w")  # The chief speaks for all; errors go to stderr.
+        sys.stdout = open(
+            os.devnull, "w", errors="replace"
+        )  # The chief speaks for all; errors go to stderr.
     return strategy
 
 
@@ -277,10 +279,11 @@ def run_stages(model, checkpoints, first_step, data, workdir):
                 return  # Once the chief has done the rest.
             failures = evaluations.evaluate(run) if "evaluate" in FLAGS.stages else []
             if "export" in FLAGS.stages:
-                encoder = getattr(model, f"{FLAGS.export_encoder}_encoder")
-                path = isd_tf.export_encoder(encoder, FLAGS.image_size, workdir / "saved_model")
-                say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-            say(f"Results: {workdirs.record(workdir, {}, run.step)}")
+                failures += export(run)
+            try:
+                say(f"Results: {workdirs.record(workdir, {}, run.step)}")
+            except OSError as error:
+                failures.append(program.failure("Writing the results", error))
             if failures:
                 raise ValueError(" ".join(failures))
 
@@ -360,6 +363,18 @@ def knn_callback(run, stop):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]
+
+
+def export(run):
+    """Exports the encoder; returns what went wrong, as evaluations.evaluate does."""
+    folder = run.workdir / "saved_model"
+    workdirs.remove_unfinished(folder)
+    try:
+        path = isd_tf.export_encoder(run.encoder(FLAGS.export_encoder), FLAGS.image_size, folder)
+    except Exception as error:
+        return [program.failure("The export", error)]
+    say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
+    return []
 
 
 if __name__ == "__main__":

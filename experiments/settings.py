@@ -262,6 +262,12 @@ def _check_recipe(typed):
             f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
             "python experiments/run.py --flagfile=quickstart.flags"
         )
+    for flag in own_flags():
+        if re.search(r"[\r\n]", str(flag.value)):
+            raise ValueError(
+                f"A flag must stand on one line, as in the run.flags that a run leaves. Received: "
+                f"--{flag.name}={flag.value!r}."
+            )
     unknown = [stage for stage in FLAGS.stages if stage not in STAGES]
     if unknown or not FLAGS.stages:
         raise ValueError(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import run  # noqa: E402
 import workdirs  # noqa: E402
 from in_process import call  # noqa: E402
-from small_runs import STEPS, small_run  # noqa: E402
+from small_runs import STEPS, full_disk, small_run  # noqa: E402
 
 NAMES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
 
@@ -247,17 +247,40 @@ def test_a_dataset_that_fails_is_left_out_and_those_behind_it_are_not(
     assert re.search("Left out: At most 1.0%.*1 of 8.*broken/val/dark/0.png", output)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("No space left on device"), "No space left"),
+        (MemoryError(), r"The memory does not suffice \(MemoryError\)"),
+        (KeyError("dark"), "KeyError: 'dark'"),
+    ],
+)
 def test_an_evaluation_that_fails_costs_neither_the_others_nor_the_export(
-    photos, tmp_path, capsys, monkeypatch
+    error, said, evaluated, photos, capsys, monkeypatch
 ):
     def fail(*arguments):
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr(isd_tf.report, "draw_clusters", fail)
-    with pytest.raises(ValueError, match="The evaluation clusters failed: No space left"):
-        call(*small_run(photos, tmp_path, "--epochs=1", "--evaluations=clusters,fast_linear"))
-    assert "student_fast_linear_top1" in results_of(tmp_path)
-    assert (tmp_path / "saved_model" / "1").is_dir()
+    with pytest.raises(ValueError, match=f"The evaluation clusters failed: {said}"):
+        call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
+                        "--evaluations=clusters,fast_linear"))  # fmt: skip
+    assert "student_fast_linear_top1" in results_of(evaluated.workdir)
+    assert (evaluated.workdir / "saved_model" / "1").is_dir()
+    assert "Results: " in capsys.readouterr().out
+
+
+def test_an_export_on_a_full_disk_is_said_and_leaves_nothing_behind(evaluated, photos, capsys):
+    leftover = evaluated.workdir / "saved_model" / "unfinished-1-99999"  # Of a run that was killed.
+    (leftover / "variables").mkdir(parents=True)
+    with full_disk(), pytest.raises(ValueError) as error:
+        call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
+                        "--evaluations=clusters"))  # fmt: skip
+    text = str(error.value)
+    assert "The evaluation clusters failed: " in text and "The export failed: " in text
+    assert "File too large" in text and "\n" not in text
+    assert not list((evaluated.workdir / "saved_model").iterdir())
+    assert "Results: " in capsys.readouterr().out
 
 
 def test_an_evaluation_that_tensorflow_ends_costs_neither_the_others_nor_the_export(

@@ -129,3 +129,51 @@ def test_windows_is_refused_in_a_sentence(program):
     result = python("-c", code, EXPERIMENTS / program, path=EXPERIMENTS)
     assert result.returncode == 1 and "need Linux or macOS" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_cannot_show_a_name_ends_nothing(encoding, tmp_path):
+    name = "caf\u00e9 \u732b \udce9"  # The last is a byte of a name that is in no encoding.
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import program; program.prepare()\n"
+        f"program.say({name!r}); print({name!r}, file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = name.encode(encoding, "backslashreplace") + b"\n"
+    assert result.stdout == result.stderr == expected
+
+
+ENDING = """
+import sys
+sys.path.insert(0, {path!r})
+import program
+sys.argv = ["a/cook.py", *{arguments!r}]
+def main():
+    program.say("cooks")
+    raise {error}
+program.begin(program.FLAGS)
+program.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "code", "said"),
+    [
+        ("ValueError('Too hot.')", [], 1, "cook.py: Too hot.\n(--verbosity=1 shows"),
+        ("KeyError('salt')", [], 1, "cook.py: KeyError: 'salt'\n(--verbosity=1 shows"),
+        ("ValueError('Too hot.')", ["--verbosity=1"], 1, "Traceback"),
+        ("SystemExit(143)", [], 143, ""),
+    ],
+)
+def test_an_error_is_a_sentence_and_at_verbosity_1_a_stack_trace(
+    error, arguments, code, said, tmp_path
+):
+    script = ENDING.format(path=str(EXPERIMENTS), arguments=arguments, error=error)
+    result = python("-c", script, path=tmp_path)
+    assert (result.returncode, result.stdout) == (code, "cooks\n")
+    assert said in result.stderr and ("Traceback" in result.stderr) == ("Traceback" == said)

@@ -7,7 +7,6 @@ chief writes and all read; what one of them finds wrong ends them all.
 
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -19,6 +18,7 @@ import tensorflow as tf
 from absl import logging
 
 from isd_tf.training import cluster
+from isd_tf.training.errors import sentence
 
 # Exit code of a process that was told to stop, as shells have it: 128 + SIGTERM.
 EXIT_TOLD_TO_STOP = 128 + signal.SIGTERM
@@ -79,10 +79,9 @@ class Checkpoints:
             try:
                 self._write(self._place(self.step))
             except (OSError, tf.errors.OpError) as error:
-                reason = re.sub(r"{{.*}} | \[Op:.*", "", str(error).splitlines()[0])
                 problem = (
                     f"The checkpoint of step {self.step} cannot be written to {self.directory} "
-                    f"({reason}); {self._newest()}. Free some space or repair the disk"
+                    f"({sentence(error)}); {self._newest()}. Free some space or repair the disk"
                 )
                 if not self.continue_without:
                     raise OSError(f"{problem}; the same command continues from there.") from error
@@ -193,7 +192,7 @@ class Checkpoints:
         return (
             f"The last good checkpoint is {self._place(steps[0])}"
             if steps
-            else "None was saved yet"
+            else "No checkpoint was saved yet"
         )
 
     def _place(self, step):
