@@ -51,9 +51,10 @@ METHODS = {"isd": isd_tf.ISD, "moco_v2": isd_tf.MoCoV2, "byol": isd_tf.BYOL}
 
 def main():
     if not FLAGS["verbosity"].present:
-        # TensorFlow's notes on each save would bury what a run prints.
+        # TensorFlow's notes on each save would bury what a run prints, and what it warns of is the
+        # programmer's to know: that each encoder is traced once more, for example.
         logging.set_verbosity(logging.WARNING)
-        tf.get_logger().setLevel("WARNING")
+        tf.get_logger().setLevel("ERROR")
     strategy = choose_devices()
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
@@ -258,11 +259,28 @@ def begin_or_continue(workdir, checkpoints, train):
                     + (", the same number but not the same" if same_number else "")
                     + ". Restore them to continue it, or use another --workdir."
                 )
-        packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
-        packages = packages.split()
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        versions |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-        (workdir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+        note_versions(workdir / "versions.json", checkpoints)
+
+
+def note_versions(path, checkpoints):
+    """Leaves what the run began with; says what is another now, and adds it to the record."""
+    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
+    now = {name: importlib.metadata.version(name) for name in packages.split()}
+    now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+    if "pretrain" in FLAGS.stages:
+        now["replicas"] = checkpoints.strategy.num_replicas_in_sync
+    if not (checkpoints.exist and path.exists()):
+        workdirs.write_json(path, now)
+        return
+    record = json.loads(path.read_text())
+    others = {name: value for name, value in now.items() if record.get(name, value) != value}
+    if not others:
+        return
+    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
+    say(f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run.")
+    later = {"after_step": checkpoints.newest_step, "stages": ",".join(FLAGS.stages)} | others
+    record["later"] = [*record.get("later", []), later]
+    workdirs.write_json(path, record)
 
 
 def run_stages(model, checkpoints, first_step, data, workdir):

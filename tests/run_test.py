@@ -324,6 +324,28 @@ def test_a_corrected_command_may_use_the_same_workdir(bad, photos, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
 
 
+def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to_the_record(
+    finished, photos, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "versions.json"
+    began = json.loads(path.read_text())
+    assert began["replicas"] == 1 and began["keras"] == keras.__version__
+    began |= {"keras": "3.0.0", "replicas": 2}
+    path.write_text(json.dumps(began))
+    now = f"keras 3.0.0 then, {keras.__version__} now"
+    for stages in ("evaluate", "pretrain"):
+        call(*small_run(photos, tmp_path / "run"), f"--stages={stages}", "--evaluations=curves")
+        replicas = ", replicas 2 then, 1 now" if stages == "pretrain" else ""
+        assert f"Not as when the run began: {now}{replicas}. " in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    later = {"after_step": STEPS, "keras": keras.__version__}
+    assert record.pop("later") == [
+        later | {"stages": "evaluate"}, later | {"stages": "pretrain", "replicas": 1}
+    ]  # fmt: skip
+    assert record == began
+
+
 def test_two_processes_do_not_share_a_workdir(photos, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
