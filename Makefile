@@ -5,7 +5,7 @@ VENV ?= .venv
 .PHONY: help install quickstart test lint bazel lock
 
 # TensorFlow's notes (CPU features, ends of data sets) would bury what a run prints: 2 keeps its
-# errors. The few lines about a missing GPU while it is imported cannot be turned off.
+# errors. What it says at its import nevertheless, experiments/program.py holds back.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 help:  ## List the targets

@@ -16,12 +16,11 @@ import socket
 import sys
 import time
 
-# Before TensorFlow is imported, as in run.py: without oneDNN the same views differ in last bits.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import program  # With oneDNN as in run.py: without it the same views differ in last bits.
 
 
 def main() -> None:
+    program.prepare()
     # argparse, not absl: what is wrong ends with exit code 2.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,7 +74,8 @@ def serve(settings: argparse.Namespace):
         seen_from = own_address(settings.dispatcher, settings.timeout)
         address = settings.address or seen_from
 
-    import tensorflow as tf  # Here, as it takes seconds.
+    program.import_tensorflow()  # Here, as it takes seconds.
+    import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # They are the trainer's.
     service = tf.data.experimental.service

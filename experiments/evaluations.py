@@ -5,16 +5,16 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 
 import functools
 import json
-import os
 import pathlib
-import shutil
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import program
 import tensorflow as tf
 import workdirs
-from absl import flags
+from program import say
+from settings import FLAGS, numbers
 
 import isd_tf
 from isd_tf import report
@@ -25,58 +25,9 @@ from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
 from isd_tf.training.checkpoints import Checkpoints
 
-FLAGS = flags.FLAGS
-ENCODERS = ("student", "teacher", "untrained")
 # Of the pictures: rows, and images beside each other.
 QUERIES, NEIGHBORS = 8, 8
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
-
-flags.DEFINE_list(
-    "evaluations",
-    ["knn"],
-    "What the evaluate stage does, of knn, linear, fast_linear, transfer, clusters, neighbors, "
-    "curves.",
-)
-flags.DEFINE_list(
-    "evaluated_encoders",
-    ["student"],
-    f"Which encoders linear, fast_linear, transfer and clusters score, of {', '.join(ENCODERS)}.",
-)
-flags.DEFINE_float(
-    "label_fraction", 1.0, "Share of each class' labels that linear and fast_linear may use."
-)
-flags.DEFINE_string(
-    "label_dataset",
-    None,
-    "TFDS name of the labelled images that linear and fast_linear are trained on instead of the "
-    "training images: imagenet2012_subset/1pct or imagenet2012_subset/10pct.",
-)
-flags.DEFINE_list(
-    "linear_learning_rates",
-    [],
-    "Of linear. Several are tried on held-out training images. Unset: 0.01, or with few labels "
-    f"{', '.join(map(str, linear.FEW_LABELS_LEARNING_RATES))}.",
-)
-flags.DEFINE_list(
-    "linear_weight_decays",
-    [],
-    "Of linear and fast_linear, as the learning rates. Unset: 0.0001, or with few labels "
-    f"{', '.join(map(str, linear.FEW_LABELS_WEIGHT_DECAYS))}.",
-)
-flags.DEFINE_integer("linear_epochs", linear.EPOCHS, "Passes of linear.")
-flags.DEFINE_list(
-    "transfer",
-    list(transfer.PAPER_TASKS),
-    "Datasets to transfer to: the paper's nine by these names, TFDS names, folder:PATH.",
-)
-flags.DEFINE_string(
-    "tfds_data_dir", None, "TFDS' folder of label_dataset and transfer; unset: its usual one."
-)
-flags.DEFINE_integer("clusters", None, "Number of clusters; unset: as many as classes.")
-flags.DEFINE_list(
-    "query_images", [], "Rows of the test images whose neighbors are drawn; unset: 8 random ones."
-)
-flags.DEFINE_list("compare_with", [], "Other workdirs that curves shows in the same picture.")
 
 
 class Data(NamedTuple):
@@ -131,80 +82,9 @@ class Run(NamedTuple):
         workdirs.record(self.workdir, scores, self.step)
 
 
-def check_flags():
-    for name, known in (("evaluations", EVALUATIONS), ("evaluated_encoders", ENCODERS)):
-        unknown = [value for value in FLAGS[name].value if value not in known]
-        if unknown or not FLAGS[name].value:
-            raise ValueError(
-                f"--{name} must be some of {', '.join(known)}. Received: "
-                f"--{name}={','.join(FLAGS[name].value)}."
-            )
-    if not 0 < FLAGS.label_fraction <= 1:
-        raise ValueError(
-            "--label_fraction must be greater than 0 and at most 1. "
-            f"Received: {FLAGS.label_fraction}."
-        )
-    if FLAGS.label_dataset and FLAGS.label_fraction < 1:
-        raise ValueError(
-            "Few labels are either a share or a dataset. Received: "
-            f"--label_fraction={FLAGS.label_fraction} and --label_dataset={FLAGS.label_dataset}."
-        )
-    for name in ("linear_learning_rates", "linear_weight_decays"):
-        _numbers(name, float)
-    if any(row < 0 for row in _numbers("query_images", int)):
-        raise ValueError("--query_images must be rows of the test images, counted from 0.")
-    if FLAGS.linear_epochs < 1 or (FLAGS.clusters is not None and FLAGS.clusters < 1):
-        raise ValueError(
-            "--linear_epochs and --clusters must be at least 1. Received: "
-            f"{FLAGS.linear_epochs} and {FLAGS.clusters}."
-        )
-    if "transfer" in FLAGS.evaluations and not FLAGS.transfer:
-        raise ValueError("--evaluations=transfer needs datasets. Received: an empty --transfer.")
-    names = list(map(transfer.score_name, FLAGS.transfer))
-    sources = list(map(_source, FLAGS.transfer))
-    same = [
-        name
-        for name, score_name, source in zip(FLAGS.transfer, names, sources, strict=True)
-        if names.count(score_name) > 1 or sources.count(source) > 1
-    ]
-    if same:
-        raise ValueError(f"--transfer must name datasets apart. Received: {', '.join(same)}.")
-    folders = [name.removeprefix("folder:") for name in FLAGS.transfer if "folder:" in name]
-    for path in folders if "transfer" in FLAGS.evaluations else []:
-        if not os.path.isdir(path):
-            raise FileNotFoundError(f"No such folder. Received: --transfer=folder:{path}.")
-    for path in FLAGS.compare_with:
-        if not os.path.exists(os.path.join(path, "run.flags")):
-            raise FileNotFoundError(
-                f"--compare_with must name workdirs of runs. Received: {path}, without run.flags."
-            )
-
-
-def _source(name):
-    """What a name of --transfer stands for, however it is spelled."""
-    source = transfer.task_of(name).source
-    _, is_folder, path = source.partition("folder:")
-    return os.path.realpath(path) if is_folder else source
-
-
-def _numbers(name, kind):
-    """The numbers of a list flag; a rate or decay must be positive, as L-BFGS needs it."""
-    try:
-        numbers = [kind(value) for value in FLAGS[name].value]
-    except ValueError:
-        numbers = [float("nan")]
-    if kind is float and not all(0 < number < float("inf") for number in numbers):
-        numbers = [float("nan")]
-    if any(number != number for number in numbers):
-        what = "positive numbers" if kind is float else "whole numbers"
-        received = ",".join(FLAGS[name].value)
-        raise ValueError(f"--{name} must be {what}. Received: --{name}={received}.")
-    return numbers
-
-
 def check_data(data: Data) -> None:
     """Raises ValueError, before the training, where an evaluation would fail on these images."""
-    asked, rows = _asked(data), _numbers("query_images", int)
+    asked, rows = _asked(data), numbers("query_images", int)
     if any(row >= len(asked) for row in rows):
         raise ValueError(
             f"--query_images must be rows of the {len(asked)} images of {asked.name}. Received: "
@@ -228,8 +108,7 @@ def evaluate(run: Run) -> list[str]:
         What went wrong, a sentence for each evaluation that failed: the others are done all the
         same, and so is what comes after a long training.
     """
-    for leftover in (run.workdir / "features").glob("unfinished-*"):
-        shutil.rmtree(leftover)  # Of a call that was killed: the workdir is this one's.
+    workdirs.remove_unfinished(run.workdir / "features")
     failures = []
     for name in FLAGS.evaluations:
         try:
@@ -241,17 +120,9 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             with run.explaining():
                 EVALUATIONS[name](run)
-        except (ValueError, OSError, tf.errors.OpError) as error:
-            failures.append(f"The evaluation {name} failed: {_sentence(error)}")
-            say(failures[-1])
+        except Exception as error:  # Whatever it is, hours of training are worth more.
+            failures.append(program.failure(f"The evaluation {name}", error))
     return failures
-
-
-def _sentence(error):
-    """What an error says, without the many lines of TensorFlow's."""
-    if isinstance(error, tf.errors.OpError):
-        return f"{type(error).__name__}: {error.message.splitlines()[0]}"
-    return str(error)
 
 
 def _reason_not_to(name, run):
@@ -346,7 +217,7 @@ def evaluate_linear(run: Run) -> None:
         )
 
     usual = linear.FEW_LABELS_LEARNING_RATES if _few_labels() else [linear.LEARNING_RATE]
-    rates = _numbers("linear_learning_rates", float) or usual
+    rates = numbers("linear_learning_rates", float) or usual
     settings = [linear.Setting(decay, rate) for rate in rates for decay in _weight_decays()]
     _score_linear(run, "linear", settings, train)
 
@@ -368,7 +239,7 @@ def _few_labels():
 
 def _weight_decays():
     usual = linear.FEW_LABELS_WEIGHT_DECAYS if _few_labels() else [linear.WEIGHT_DECAY]
-    return _numbers("linear_weight_decays", float) or usual
+    return numbers("linear_weight_decays", float) or usual
 
 
 def _score_linear(run, protocol, settings, classifiers_of):
@@ -444,7 +315,7 @@ def evaluate_transfer(run: Run) -> None:
                 ]
         # No other OSError: a full disk is no reason to leave a dataset out.
         except (ValueError, FileNotFoundError, PermissionError, tf.errors.OpError) as error:
-            left_out[name] = _sentence(error)
+            left_out[name] = program.sentence(error)
             say(
                 f"  Left out: {left_out[name]}\n  (Here --tfds_data_dir names TFDS' folder, and "
                 "folder:PATH among --transfer a folder.)"
@@ -540,7 +411,7 @@ def _views_of_rows(run, dataset, rows_of_groups, readable):
 
 def evaluate_neighbors(run: Run) -> None:
     asked = _asked(run.data)
-    rows = _numbers("query_images", int)
+    rows = numbers("query_images", int)
     if not rows:
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
     rows = np.unique(rows)
@@ -585,7 +456,3 @@ EVALUATIONS = {
     "neighbors": evaluate_neighbors,
     "curves": evaluate_curves,
 }
-
-
-def say(text):
-    print(text, flush=True)

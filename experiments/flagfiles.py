@@ -5,6 +5,7 @@ absl resolves the names inside a flag file from the working directory, so that
 not be found. Here every name is looked for as it is written, and then beside this file.
 """
 
+import codecs
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import re
 from absl import flags
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent
+HEADER = "# The effective flags of this run. To run the same anew:"
 
 
 def expand(arguments: list[str], _open_files: tuple[pathlib.Path, ...] = ()) -> list[str]:
@@ -19,7 +21,7 @@ def expand(arguments: list[str], _open_files: tuple[pathlib.Path, ...] = ()) -> 
 
     Raises:
         FileNotFoundError: for a flag file that is nowhere.
-        ValueError: for a flag file that includes itself.
+        ValueError: for a flag file that includes itself, or is no text in UTF-8 or UTF-16.
     """
     expanded = []
     remaining = iter(arguments)
@@ -33,10 +35,36 @@ def expand(arguments: list[str], _open_files: tuple[pathlib.Path, ...] = ()) -> 
         path = find(match.group(2) if match.group(1) else next(remaining, ""))
         if path in _open_files:
             raise ValueError(f"The flag file {path} includes itself.")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in re.split(r"\r\n|\r|\n", _read(path))]
         lines = [line for line in lines if line and not line.startswith(("#", "//"))]
         expanded += expand(lines, (*_open_files, path))
     return expanded
+
+
+def _read(path):
+    """The text of a flag file, as editors on any system may have saved it."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding, errors = "utf-16", "strict"
+    else:
+        # A run's own file keeps the names of files that are no UTF-8.
+        own = data.startswith(HEADER.encode())
+        encoding, errors = "utf-8-sig", "surrogateescape" if own else "strict"
+    try:
+        text = data.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb"\r\n|\r|\n", data[: error.start])) + 1
+        received = "text in another encoding, such as Latin-1" if b"\0" not in data else "no text"
+        raise ValueError(
+            f"A flag file must be text in UTF-8, or in UTF-16 with its byte order mark. Received: "
+            f"{path}, line {line}: {received}. Save it as UTF-8."
+        ) from None
+    if "\0" in text:
+        raise ValueError(
+            f"A flag file must be text in UTF-8, or in UTF-16 with its byte order mark. Received: "
+            f"{path}, with zero bytes, as UTF-16 without the mark has them. Save it as UTF-8."
+        )
+    return text
 
 
 def find(name: str) -> pathlib.Path:
@@ -54,13 +82,13 @@ def find(name: str) -> pathlib.Path:
 def write(path: pathlib.Path, effective: list[flags.Flag]) -> None:
     """Writes flags as a flag file that runs the same again."""
     lines = [
-        "# The effective flags of this run. To run the same anew:",
+        HEADER,
         "#   python experiments/run.py --flagfile=THIS_FILE --workdir=A_NEW_FOLDER",
         *(flag.serialize() for flag in effective if flag.value is not None),
     ]
     # Beside and renamed: a full disk leaves the former file whole.
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
     os.replace(unfinished, path)
 
 

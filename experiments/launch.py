@@ -28,11 +28,13 @@ import sys
 import threading
 import time
 
+import program
+
 RUN = pathlib.Path(__file__).resolve().with_name("run.py")
 GRACE_SECONDS = 40  # A worker notices within 30 that a peer is lost, and says so.
 STOP_SECONDS = 600  # For saving, once the launcher was told to stop.
 POLL_SECONDS = 0.1
-LOST_PEER = os.EX_TEMPFAIL  # run.py's exit code for it: 75.
+LOST_PEER = 75  # run.py's exit code for it.
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # run.py was told to stop, and has saved.
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -161,6 +163,7 @@ def say(text: str) -> None:
 
 
 def main() -> int:
+    program.prepare()
     here = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags_of_run = sys.argv[here + 1 :]
     # argparse, not absl: what is wrong ends with exit code 2, and --flagfile is left to run.py.

@@ -7,9 +7,11 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 from collections.abc import Iterator
 
 import flagfiles
+import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
 from isd_tf.training import cluster
@@ -94,6 +96,12 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what a call that was killed has left half-way: the workdir is this one's."""
+    for leftover in folder.glob("unfinished-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def used_data_service(workdir: pathlib.Path) -> bool:

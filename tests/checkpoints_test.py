@@ -197,8 +197,11 @@ def test_a_run_killed_while_it_saves_continues_to_the_same_bits(tmp_path, moment
     assert_same_bits(model, whole)
 
 
-@pytest.mark.parametrize("step", [5, 6])
-def test_sigterm_saves_after_the_running_step_and_exits_143(tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "number", "code"), [(5, signal.SIGTERM, 143), (6, signal.SIGTERM, 143),
+                                 (5, signal.SIGINT, 130), (6, signal.SIGINT, 130)]
+)  # fmt: skip
+def test_a_signal_saves_after_the_running_step_and_exits(tmp_path, step, number, code):
     """In the middle of an epoch, and at the end of one, where its evaluations come first."""
     model = make_model()
     checkpoints = checkpointing.Checkpoints(tmp_path, model)
@@ -208,7 +211,7 @@ def test_sigterm_saves_after_the_running_step_and_exits_143(tmp_path, step):
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if checkpoints.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         def on_epoch_end(self, epoch, logs=None):
             evaluated.append(checkpoints.step)
@@ -221,9 +224,24 @@ def test_sigterm_saves_after_the_running_step_and_exits_143(tmp_path, step):
             )
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert stopped.value.code == 143
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == code
     assert [p.name for p in tmp_path.iterdir()] == [f"step-{step:08d}"]
     assert evaluated == ([6] if step == 6 else [])
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    checkpoints = checkpointing.Checkpoints(tmp_path, make_model())
+    stop = checkpointing.StopWhenTold(checkpoints)
+    stop.on_train_begin()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.told == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_several_steps_an_execution_continue_from_any_step_to_the_same_bits(tmp_path):

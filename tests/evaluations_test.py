@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import run  # noqa: E402
 import workdirs  # noqa: E402
 from in_process import call  # noqa: E402
-from small_runs import STEPS, small_run  # noqa: E402
+from small_runs import STEPS, full_disk, small_run  # noqa: E402
 
 NAMES = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
 
@@ -247,17 +247,40 @@ def test_a_dataset_that_fails_is_left_out_and_those_behind_it_are_not(
     assert re.search("Left out: At most 1.0%.*1 of 8.*broken/val/dark/0.png", output)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("No space left on device"), "No space left"),
+        (MemoryError(), r"The memory does not suffice \(MemoryError\)"),
+        (KeyError("dark"), "KeyError: 'dark'"),
+    ],
+)
 def test_an_evaluation_that_fails_costs_neither_the_others_nor_the_export(
-    photos, tmp_path, capsys, monkeypatch
+    error, said, evaluated, photos, capsys, monkeypatch
 ):
     def fail(*arguments):
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr(isd_tf.report, "draw_clusters", fail)
-    with pytest.raises(ValueError, match="The evaluation clusters failed: No space left"):
-        call(*small_run(photos, tmp_path, "--epochs=1", "--evaluations=clusters,fast_linear"))
-    assert "student_fast_linear_top1" in results_of(tmp_path)
-    assert (tmp_path / "saved_model" / "1").is_dir()
+    with pytest.raises(ValueError, match=f"The evaluation clusters failed: {said}"):
+        call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
+                        "--evaluations=clusters,fast_linear"))  # fmt: skip
+    assert "student_fast_linear_top1" in results_of(evaluated.workdir)
+    assert (evaluated.workdir / "saved_model" / "1").is_dir()
+    assert "Results: " in capsys.readouterr().out
+
+
+def test_an_export_on_a_full_disk_is_said_and_leaves_nothing_behind(evaluated, photos, capsys):
+    leftover = evaluated.workdir / "saved_model" / "unfinished-1-99999"  # Of a run that was killed.
+    (leftover / "variables").mkdir(parents=True)
+    with full_disk(), pytest.raises(ValueError) as error:
+        call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
+                        "--evaluations=clusters"))  # fmt: skip
+    text = str(error.value)
+    assert "The evaluation clusters failed: " in text and "The export failed: " in text
+    assert "File too large" in text and "\n" not in text
+    assert not list((evaluated.workdir / "saved_model").iterdir())
+    assert "Results: " in capsys.readouterr().out
 
 
 def test_an_evaluation_that_tensorflow_ends_costs_neither_the_others_nor_the_export(
@@ -425,7 +448,8 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
     run = small_run(photos, tmp_path, "--epochs=1", "--method=byol")
     call(*run, "--evaluations=neighbors,curves,fast_linear", "--stages=pretrain,evaluate")
     output = capsys.readouterr().out
-    assert "Of no effect with --method=byol: --queue_size, --teacher_temperature" in output
+    # Typed; --teacher_temperature is imagenet.flags'.
+    assert "Of no effect with --method=byol: --queue_size.\n" in output
     assert "Not evaluated: neighbors. --method=byol has no queue." in output
     assert "student_fast_linear_top1" in results_of(tmp_path)
 
@@ -445,8 +469,8 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
         (["--label_fraction=0.1", "--label_dataset=x"], "either a share or a dataset"),
         (["--linear_learning_rates=0.1,fast"], "must be positive numbers. Received: .*0.1,fast"),
         (["--linear_weight_decays=0"], "must be positive numbers"),
-        (["--linear_epochs=0"], "--linear_epochs and --clusters must be at least 1"),
-        (["--clusters=0"], "--linear_epochs and --clusters must be at least 1"),
+        (["--linear_epochs=0"], "--linear_epochs must be at least 1 .*Received: 0"),
+        (["--clusters=0"], "--clusters must be at least 1 .*Received: 0"),
         (["--clusters=25"], "at most the 24 images"),
         (["--query_images=8"], "rows of the 8 images of .*val. Received: 8"),
         (["--query_images=-1"], "counted from 0"),

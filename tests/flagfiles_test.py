@@ -55,28 +55,66 @@ def test_flag_file_that_includes_itself_is_refused(experiments):
         flagfiles.expand(["--flagfile=loop.flags"])
 
 
+TEXT = "# comment\n--name=caf\u00e9\n\n--size=5\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT.encode(),
+        TEXT.encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        "\ufeff".encode("utf-16-be") + TEXT.encode("utf-16-be"),
+        TEXT.replace("\n", "\r\n").encode("utf-8-sig"),
+        TEXT.replace("\n", "\r\n").encode("utf-16"),
+        TEXT.replace("\n", "\r").encode(),
+    ],
+)
+def test_a_flag_file_is_read_as_any_editor_saves_it(data, experiments):
+    (experiments / "edited.flags").write_bytes(data)
+    assert flagfiles.expand(["--flagfile=edited.flags"]) == ["--name=caf\u00e9", "--size=5"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TEXT.encode("latin-1"), "edited.flags, line 2: .*Latin-1. Save it as UTF-8"),
+        (TEXT.replace("\n", "\r\n").encode("latin-1"), "edited.flags, line 2: "),
+        (TEXT.encode("utf-16-le")[:16], "edited.flags, with zero bytes, as UTF-16 without"),
+        (b"\xff\xfe-", "edited.flags, line 1: "),
+        (b"\x7fELF\x02\0\xff", "edited.flags, line 1: no text"),
+    ],
+)
+def test_a_flag_file_in_another_encoding_is_named_with_its_line(data, message, experiments):
+    (experiments / "edited.flags").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        flagfiles.expand(["--flagfile=edited.flags"])
+
+
 @pytest.fixture
 def values():
     values = flags.FlagValues()
     flags.DEFINE_integer("size", 3, "", flag_values=values)
     flags.DEFINE_string("name", None, "", flag_values=values)
+    flags.DEFINE_string("path", None, "", flag_values=values)
     flags.DEFINE_list("epochs", [], "", flag_values=values)
     flags.DEFINE_bool("quick", True, "", flag_values=values)
     return values
 
 
 def all_flags(values):
-    return [values[name] for name in ("size", "name", "epochs", "quick")]
+    return [values[name] for name in ("size", "name", "path", "epochs", "quick")]
 
 
 def test_written_flags_run_the_same_again(values, tmp_path):
-    values(["x", "--size=5", "--epochs=1,2", "--noquick"])
+    values(["x", "--size=5", "--epochs=1,2", "--noquick", "--path=/caf\udce9\u2028x"])
     flagfiles.write(tmp_path / "run.flags", all_flags(values))
     values.unparse_flags()
-    for name in ("size", "epochs", "quick"):
+    for name in ("size", "epochs", "quick", "path"):
         values[name].unparse()
     values(["x", *flagfiles.expand([f"--flagfile={tmp_path / 'run.flags'}"])])
     assert (values.size, values.name, values.epochs, values.quick) == (5, None, ["1", "2"], False)
+    assert values.path == "/caf\udce9\u2028x"  # In no encoding, as Linux allows.
     assert [path.name for path in tmp_path.iterdir()] == ["run.flags"]
 
 

@@ -7,17 +7,17 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments"))
 
-import flagfiles  # noqa: E402
 import run  # noqa: E402
+import settings  # noqa: E402
 
 
 def set_flags(*arguments):
     for name in list(flags.FLAGS):
-        run.FLAGS[name].unparse()
-    run.FLAGS(flagfiles.expand(["run.py", *map(str, arguments)]))
+        flags.FLAGS[name].unparse()
+    settings.read(["run.py", *map(str, arguments)])
 
 
 def call(*arguments):
     """Runs main() in this process with the given flags only."""
     set_flags(*arguments)
-    run.main(["run.py"])
+    run.main()

@@ -45,6 +45,7 @@ def finished(photos, tmp_path_factory):
         command(*small_run(photos, workdir)), cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # Nothing of TensorFlow's.
     (workdir / "output.txt").write_text(result.stdout)
     return workdir
 
@@ -203,7 +204,7 @@ def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp
 
 
 @pytest.mark.parametrize("flag_file", FLAG_FILES)
-def test_every_flag_file_runs(flag_file, photos, tmp_path):
+def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
     """Its own recipe, at the size of a test: networks, data and length are replaced."""
     unbalanced, whole = "unbalanced" in flag_file, flag_file == "quickstart.flags"
     call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
@@ -323,6 +324,28 @@ def test_a_corrected_command_may_use_the_same_workdir(bad, photos, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
 
 
+def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to_the_record(
+    finished, photos, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "versions.json"
+    began = json.loads(path.read_text())
+    assert began["replicas"] == 1 and began["keras"] == keras.__version__
+    began |= {"keras": "3.0.0", "replicas": 2}
+    path.write_text(json.dumps(began))
+    now = f"keras 3.0.0 then, {keras.__version__} now"
+    for stages in ("evaluate", "pretrain"):
+        call(*small_run(photos, tmp_path / "run"), f"--stages={stages}", "--evaluations=curves")
+        replicas = ", replicas 2 then, 1 now" if stages == "pretrain" else ""
+        assert f"Not as when the run began: {now}{replicas}. " in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    later = {"after_step": STEPS, "keras": keras.__version__}
+    assert record.pop("later") == [
+        later | {"stages": "evaluate"}, later | {"stages": "pretrain", "replicas": 1}
+    ]  # fmt: skip
+    assert record == began
+
+
 def test_two_processes_do_not_share_a_workdir(photos, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -387,6 +410,7 @@ def test_the_untrained_contestant_is_the_student_before_its_first_step():
         (["--keep_every_epochs=-1"], "--keep_every_epochs must be at least 0"),
         (["--learning_rate_schedule=drops"], "--drop_epochs=141,181"),
         (["--epochs=0"], "--epochs must be at least 1.*0"),
+        ([f"--batch_size={10**20}"], "--batch_size must be .* at most 2147483647. Received: 10000"),
         (["--knn_every_epochs=-1"], "--knn_every_epochs must be at least 0.*-1"),
         (["--max_unreadable=5"], "--max_unreadable must be at least 0 and at most 1.*5"),
         (["--seed=-1"], "--seed must be at least 0"),

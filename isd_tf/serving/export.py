@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import keras
 import tensorflow as tf
@@ -48,6 +49,10 @@ def export_encoder(encoder: keras.Model, image_size: int, directory: str | os.Pa
     )
     # TF Serving takes up a numeric folder as soon as it appears, so it appears complete.
     unfinished = directory / f"unfinished-{version.name}-{os.getpid()}"
-    archive.write_out(str(unfinished), verbose=False)
-    unfinished.rename(version)
+    try:
+        archive.write_out(str(unfinished), verbose=False)
+        unfinished.rename(version)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # What is there fills the disk.
+        raise
     return str(version)

@@ -7,7 +7,6 @@ chief writes and all read; what one of them finds wrong ends them all.
 
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -19,8 +18,9 @@ import tensorflow as tf
 from absl import logging
 
 from isd_tf.training import cluster
+from isd_tf.training.errors import sentence
 
-# Exit code of a process that was told to stop, as shells have it: 128 + SIGTERM.
+# Exit code of a process that was told to stop, as shells have it: 128 + the signal, here SIGTERM.
 EXIT_TOLD_TO_STOP = 128 + signal.SIGTERM
 
 
@@ -79,10 +79,9 @@ class Checkpoints:
             try:
                 self._write(self._place(self.step))
             except (OSError, tf.errors.OpError) as error:
-                reason = re.sub(r"{{.*}} | \[Op:.*", "", str(error).splitlines()[0])
                 problem = (
                     f"The checkpoint of step {self.step} cannot be written to {self.directory} "
-                    f"({reason}); {self._newest()}. Free some space or repair the disk"
+                    f"({sentence(error)}); {self._newest()}. Free some space or repair the disk"
                 )
                 if not self.continue_without:
                     raise OSError(f"{problem}; the same command continues from there.") from error
@@ -193,7 +192,7 @@ class Checkpoints:
         return (
             f"The last good checkpoint is {self._place(steps[0])}"
             if steps
-            else "None was saved yet"
+            else "No checkpoint was saved yet"
         )
 
     def _place(self, step):
@@ -235,8 +234,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
 class StopWhenTold(keras.callbacks.Callback):
     """At SIGTERM, as a machine sends that is about to be taken away: saves, and exits with 143.
 
-    On all workers after the same step, whichever of them was told: every call of the train function
-    asks them. Stands behind SaveCheckpoints.
+    At Ctrl-C as well, with 130; a second Ctrl-C does not wait for the end of the step. On all
+    workers after the same step, whichever of them was told: every call of the train function asks
+    them. Stands behind SaveCheckpoints.
 
     Args:
         checkpoints: where to save.
@@ -245,13 +245,15 @@ class StopWhenTold(keras.callbacks.Callback):
     def __init__(self, checkpoints: Checkpoints):
         super().__init__()
         self.checkpoints = checkpoints
-        self.told = False
+        self.told = 0  # The signal.
 
     def on_train_begin(self, logs=None):
-        def note(*_):
-            self.told = True
+        def note(number, _):
+            self.told = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        signal.signal(signal.SIGTERM, note)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
 
     def on_train_batch_end(self, batch, logs=None):
         # The last step of an epoch is saved at its end, with what the epoch's logs say.
@@ -263,19 +265,22 @@ class StopWhenTold(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         exit_when_told()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.told:
-            sys.exit(EXIT_TOLD_TO_STOP)
+            sys.exit(128 + self.told)
 
     def _stop_if_told(self):
-        if cluster.gather_from_workers(self.checkpoints.strategy, int(self.told)).any():
+        # Of two signals on two workers, SIGTERM.
+        told = int(cluster.gather_from_workers(self.checkpoints.strategy, int(self.told)).max())
+        if told:
             self.checkpoints.save()
             print(
-                f"Told to stop (SIGTERM) after step {self.checkpoints.step}; saved step "
-                f"{self.checkpoints.newest_step}.",
+                f"Told to stop ({signal.Signals(told).name}) after step {self.checkpoints.step}; "
+                f"saved step {self.checkpoints.newest_step}.",
                 flush=True,
             )
             cluster.linger(self.checkpoints.strategy)
-            sys.exit(EXIT_TOLD_TO_STOP)
+            sys.exit(128 + told)
 
 
 def exit_when_told() -> None:

@@ -45,6 +45,8 @@ class WorkerError(RuntimeError):
 class PeersError(OSError):
     """The workers have not found, or have lost, each other: starting all of them again may help."""
 
+    exit_code = 75  # BSD's EX_TEMPFAIL.
+
 
 def parse_tf_config(text: str) -> tuple[list[str], int] | None:
     """Reads TF_CONFIG.

@@ -12,6 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from isd_tf.training import distribution
+from isd_tf.training.errors import sentence
 
 
 class EpochMeans(keras.callbacks.Callback):
@@ -197,8 +198,7 @@ class TensorBoardLog(keras.callbacks.Callback):
             yield
         except tf.errors.OpError as error:
             if not self._complained:
-                reason = error.message.splitlines()[-1].strip()
-                logging.error("The log %s cannot be written. %s", self.directory, reason)
+                logging.error("The log %s cannot be written. %s", self.directory, sentence(error))
             self._complained = True
 
 
