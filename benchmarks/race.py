@@ -1,5 +1,6 @@
 """A race of two processes that never run at once: what both sides and their referee share."""
 
+import contextlib
 import json
 import os
 import signal
@@ -73,7 +74,8 @@ class Contestant:
 
     def end(self):
         """Ends the process and its children; waits, so that their memory is free."""
-        self._signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # It may have ended by itself.
+            self._signal(signal.SIGKILL)
         self.process.wait()
 
     def _signal(self, number):
