@@ -1,7 +1,8 @@
 """What a step and a pair of views cost: by their parts, and against K, B, image size and images.
 
-    PYTHONPATH=. python benchmarks/cost.py parts    tables of parts, 3 minutes
-    PYTHONPATH=. python benchmarks/cost.py axes     tables of costs and docs/performance.svg, 8
+    PYTHONPATH=. python benchmarks/cost.py step    parts of three steps, a minute
+    PYTHONPATH=. python benchmarks/cost.py pair    parts of a pair of views
+    PYTHONPATH=. python benchmarks/cost.py axes    tables of costs, and docs/performance.svg
 
 The parts of a step are those of TensorFlow's profiler, with its operations one after the other on
 all cores. The parts of a pair are differences: decoding alone, all that tf.data does, all of it.
@@ -88,7 +89,7 @@ def print_parts_of_steps():
         keras.backend.clear_session()
 
 
-def print_parts_of_pairs():
+def print_parts_of_a_pair():
     row = against_pytorch.ROWS["views_224"]
     with tempfile.TemporaryDirectory() as folder:
         against_pytorch.write_data(folder, row)
@@ -183,9 +184,10 @@ def draw(costs, images):
     plt.rcParams["svg.fonttype"] = "none"
     figure, panels = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     for panel, (axis, points) in zip(panels, costs.items(), strict=False):
-        medians, least, most = zip(*points.values(), strict=True)
-        panel.plot(list(points), medians, marker="o")
-        panel.fill_between(list(points), least, most, alpha=0.3)
+        # The best of the steps, which other work on the machine disturbs least, to the median.
+        medians, least, _ = zip(*points.values(), strict=True)
+        panel.plot(list(points), least, marker="o")
+        panel.fill_between(list(points), least, medians, alpha=0.3)
         panel.set(xlabel=AXES[axis][0], xscale="log", ylim=(0, None))
     panels[0].set_ylabel("milliseconds a step")
     panels[3].plot(list(images), [rate for _, rate in images.values()], marker="o")
@@ -196,11 +198,12 @@ def draw(costs, images):
 
 if __name__ == "__main__":
     tf.config.threading.set_intra_op_parallelism_threads(race.CORES)
-    if sys.argv[1:] == ["parts"]:
+    if sys.argv[1:] == ["step"]:
         # In a row, so that no two operations share the cores and their times add up.
         tf.config.threading.set_inter_op_parallelism_threads(1)
         print_parts_of_steps()
-        print_parts_of_pairs()
+    elif sys.argv[1:] == ["pair"]:
+        print_parts_of_a_pair()
     elif sys.argv[1:] == ["axes"]:
         print_costs()
     else:
