@@ -26,7 +26,7 @@ def count(variant, sizes, folder):
         sys.exit(3)
 
     def run():
-        time.sleep(0.05)
+        time.sleep(0.3)
         return sizes["things"], 2.0
 
     return run
@@ -58,7 +58,7 @@ def test_a_contestant_answers_with_its_rate(contestant):
 
 def test_a_contestant_that_waits_stands_still(contestant, tmp_path):
     contestant.rate("any")
-    time.sleep(0.05)  # the signal's way
+    time.sleep(0.3)  # the signal's way
     before = (tmp_path / "alive").read_text()
     time.sleep(0.1)
     assert (tmp_path / "alive").read_text() == before
