@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bazel lock
+.PHONY: help install quickstart test parity benchmark lint bazel lock
 
 # TensorFlow's notes (CPU features, ends of data sets) would bury what a run prints: 2 keeps its
 # errors. What it says at its import nevertheless, experiments/program.py holds back.
@@ -19,6 +19,14 @@ quickstart: $(VENV)/.installed  ## Pretrain and evaluate on embedded photographs
 test: $(VENV)/.installed  ## Run the tests
 	$(VENV)/bin/python -m pytest -n 2 tests
 
+# PyTorch is no dependency of the package: each comparison has an environment of its own.
+parity: $(VENV)-parity/.installed  ## Compare a training step with PyTorch's, in double precision
+	$(VENV)-parity/bin/python -m pytest tests/torch_parity_test.py
+
+benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/against_pytorch.py \
+	    --torch_python=$(VENV)-benchmark/bin/python $(if $(ONLY),--only=$(ONLY))
+
 lint: $(VENV)/.installed  ## Check style and imports
 	$(VENV)/bin/ruff check .
 
@@ -31,15 +39,25 @@ lock: $(VENV)/bin/python  ## Compile requirements_lock.txt from requirements.txt
 	$(VENV)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --extra test \
 	    --custom-compile-command "make lock" --output-file requirements_lock.txt --quiet pyproject.toml
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(VENV)-parity/bin/python $(VENV)-benchmark/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(1)' || { \
 	    echo "isd_tf needs Python 3.11 or newer. Received: PYTHON=$(PYTHON)," \
 	         "which is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	    echo "$(PYTHON) cannot create environments: ensurepip is missing." \
 	         "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
 $(VENV)/.installed: requirements_lock.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --require-hashes -r requirements_lock.txt
+	touch $@
+
+# This release has CPU wheels on some indices; PyPI's brings CUDA's libraries, and runs as well.
+$(VENV)-parity/.installed: requirements_lock.txt | $(VENV)-parity/bin/python
+	$(VENV)-parity/bin/python -m pip install --require-hashes -r requirements_lock.txt
+	$(VENV)-parity/bin/python -m pip install torch==2.13.0
+	touch $@
+
+$(VENV)-benchmark/.installed: benchmarks/requirements.txt | $(VENV)-benchmark/bin/python
+	$(VENV)-benchmark/bin/python -m pip install -r benchmarks/requirements.txt
 	touch $@

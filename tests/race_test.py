@@ -1,0 +1,96 @@
+"""The referee of `make benchmark`: whose turn it is, what is timed, which variant counts."""
+
+import importlib
+import pathlib
+import sys
+import time
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+# A contestant whose thread writes the time into a file whenever it may run.
+PROGRAM = """
+import pathlib, sys, threading, time
+sys.path.insert(0, {benchmarks!r})
+import race
+
+def count(variant, sizes, folder):
+    def tick():
+        while True:
+            pathlib.Path(folder, "alive").write_text(str(time.monotonic()))
+            time.sleep(0.005)
+
+    threading.Thread(target=tick, daemon=True).start()
+    print("not an answer")
+    if variant == "broken":
+        sys.exit(3)
+
+    def run():
+        time.sleep(0.3)
+        return sizes["things"], 2.0
+
+    return run
+
+race.serve({{"count": count}})
+"""
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def contestant(benchmark, tmp_path):
+    program = tmp_path / "contestant.py"
+    program.write_text(PROGRAM.format(benchmarks=str(BENCHMARKS)))
+    command = [sys.executable, str(program)]
+    side = benchmark("race").Contestant(command, "count", {"things": 10}, str(tmp_path))
+    yield side
+    side.end()
+
+
+def test_a_contestant_answers_with_its_rate(contestant):
+    assert contestant.rate("any") == 5.0
+    assert contestant.rate("any") == 5.0
+
+
+def test_a_contestant_that_waits_stands_still(contestant, tmp_path):
+    contestant.rate("any")
+    time.sleep(0.3)  # the signal's way
+    before = (tmp_path / "alive").read_text()
+    time.sleep(0.1)
+    assert (tmp_path / "alive").read_text() == before
+    contestant.rate("any")
+    assert (tmp_path / "alive").read_text() != before
+
+
+def test_a_contestant_that_dies_is_named(contestant):
+    with pytest.raises(RuntimeError, match=r"contestant.py must answer.*exit status 3"):
+        contestant.rate("broken")
+
+
+def test_what_was_prepared_in_advance_is_not_timed(benchmark):
+    ready = iter([0.0] * 3 + [0.02] * 4)
+    things, seconds = benchmark("race").timed(lambda: time.sleep(next(ready)), 8, 4, discarded=3)
+    assert things == 32 and 0.08 <= seconds < 0.5
+
+
+def test_the_variant_with_the_best_median_counts(benchmark):
+    against = benchmark("against_pytorch")
+    row = against.Row("", "", "step", {}, ("lucky", "better"))
+    rates = {"isd_tf": [4.0, 6.0, 5.0], "lucky": [1.0, 9.0, 1.0], "better": [2.0, 4.0, 2.5]}
+    found = against.summary(row, rates)
+    assert found["best"] == "better"
+    assert found["ratio_of_medians"] == 2.0
+    assert found["ratio_of_bests"] == 1.5
+    assert found["ratio_by_round"] == [1.5, 2.0, 2.0]
+
+
+def test_rows_are_chosen_by_how_their_names_begin(benchmark):
+    against = benchmark("against_pytorch")
+    assert list(against.chosen_rows("knn,views_224")) == ["views_224", "views_224_host", "knn"]
+    assert against.chosen_rows("") == against.ROWS
+    with pytest.raises(SystemExit, match="Received: nothing"):
+        against.chosen_rows("views,nothing")
