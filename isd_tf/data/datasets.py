@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from isd_tf.data import photo_patches
-from isd_tf.data.pixels import IMAGE_SUFFIXES
+from isd_tf.data.pixels import image_suffixes
 
 # TFDS splits of one image size that decode to less than this are held in memory.
 LARGEST_ARRAY_BYTES = 2**30
@@ -236,12 +236,12 @@ def _scan_folder(folder, labelled, class_names=None):
         paths += [
             os.path.join(directory, file)
             for file in sorted(files)
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+            if os.path.splitext(file)[1].lower() in image_suffixes() and not file.startswith(".")
         ]
     if not paths:
         raise ValueError(
             f"Found no image below {folder}. Expected files that end in "
-            f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+            f"{', '.join(sorted(image_suffixes()))}, at any depth."
         )
     tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
     beside = [parts[0] for parts in tops if len(parts) == 1]

@@ -1,34 +1,622 @@
 """Encoded images to pixels: what every file means, wherever it is read.
 
-Pillow's first frame in RGB. `open_image` is how files are read here; `decode` does the same inside
-a TensorFlow graph, for a tf.data service's workers and for serving, which have no Python.
+Pillow's first frame in RGB, upright by its EXIF orientation, what is transparent laid on white, of
+16 bits the upper 8. `open_image` is how files are read here; `decode` does the same inside a
+TensorFlow graph, for a tf.data service's workers and for serving, which have no Python.
 """
 
+import functools
+import hashlib
 import io
+import os
+import re
+import warnings
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+from absl import logging
+from PIL import ExifTags, Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# Where Pillow's own limit makes an error of its warning: 2 GiB / 4 bytes / 3 channels, in pixels.
+MAX_PIXELS = 178_956_970
+WHITE = (255, 255, 255)
+# What Pillow opens that is no picture, or that it hands to other programs.
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# A 16-bit file whose values all stay below 2**12 holds 12 bits, as many cameras give.
+TWELVE_BITS = 4096
+
+# `open_image` has a limit of its own, which a run can set; Pillow's would warn at half of it.
+Image.MAX_IMAGE_PIXELS = None
+# Of files that it reads all the same: odd EXIF data, palettes, chunks.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def open_image(encoded: bytes) -> Image.Image:
-    """Decodes an image by Pillow to its mode RGB; raises what Pillow raises."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion of 16 bits clips at 255 instead of scaling.
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
-            return Image.fromarray(gray).convert("RGB")
-        return image.convert("RGB")
+class UnreadableImage(ValueError):  # noqa: N818 It names what it is about.
+    """An image that cannot be read; its text is the reason, without the image's name."""
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes JPEG, PNG, WebP, BMP or GIF (first frame) to uint8 [H, W, 3]; may fail."""
-    image = tf.cond(
-        tf.io.is_jpeg(encoded),
-        # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+def read_file(path: str | bytes) -> bytes:
+    """Returns a file's bytes.
+
+    Raises:
+        UnreadableImage: when there is no such file, or it may not be read.
+    """
+    # Without waiting: a named pipe that lies in a folder would never answer.
+    flag = getattr(os, "O_NONBLOCK", 0)
+    try:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | flag)) as file:
+            return file.read()
+    except IsADirectoryError:
+        raise UnreadableImage("a folder") from None
+    except FileNotFoundError:
+        raise UnreadableImage("no such file") from None
+    except OSError as error:
+        raise UnreadableImage((error.strerror or type(error).__name__).lower()) from None
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """What the names of images end in: whatever the installed Pillow opens, in lower case."""
+    _register_heif()
+    Image.init()
+    return frozenset(
+        suffix
+        for suffix, form in Image.registered_extensions().items()
+        if form in Image.OPEN and form not in NO_PICTURES
     )
-    return tf.ensure_shape(image, [None, None, 3])
+
+
+def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image of any format that Pillow opens, whatever its name ends in.
+
+    Args:
+        encoded: the file's bytes.
+        name: of the image, for warnings.
+        max_pixels: width times height that is still decoded.
+
+    Returns:
+        The first frame in mode RGB, upright.
+
+    Raises:
+        UnreadableImage: when it cannot be decoded; its text says why.
+    """
+    try:
+        image = _open(encoded)
+        if image.format in NO_PICTURES:
+            raise UnreadableImage(f"a {image.format} file, not a picture")
+        if image.width * image.height > max_pixels:
+            raise UnreadableImage(
+                f"{image.width} x {image.height} pixels, more than --max_pixels={max_pixels}"
+            )
+        raw_mode = _raw_mode(image)
+        image = _load(image, encoded)
+        rgb = image
+        if image.mode != "RGB" or raw_mode or "transparency" in image.info:
+            rgb = _to_rgb(image, raw_mode, encoded, name)
+        transposition = TRANSPOSITIONS.get(_orientation(image))
+        return rgb if transposition is None else rgb.transpose(transposition)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
+        raise UnreadableImage(_reason(encoded, error)) from None
+
+
+# ------------------------------------------------------------------------------------ by Pillow
+
+# The values of EXIF's tag, and what turns the stored picture upright.
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Entries of Pillow's `info` that can hold the orientation; of TIFF Pillow itself sees to it.
+ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+# ISO 14496-12 files, by the brand that follows "ftyp".
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+# How images begin; what does not go on as it should is cut off or damaged.
+SIGNATURES = (JPEG_BEGIN, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+
+@functools.cache
+def _register_heif():
+    """Lets Pillow read HEIC where pillow-heif is installed; returns whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _is_heif(encoded):
+    return encoded[4:8] == b"ftyp" and encoded[8:12] in HEIF_BRANDS
+
+
+def _open(encoded):
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except Image.UnidentifiedImageError:
+        if not (_is_heif(encoded) and _register_heif()):
+            raise
+        return Image.open(io.BytesIO(encoded))
+
+
+def _raw_mode(image):
+    """How PNG and TIFF store what Pillow reduces to 8 bits or expands to them; else empty."""
+    if image.format not in ("PNG", "TIFF") or not image.tile:
+        return ""
+    arguments = image.tile[0].args
+    raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    return raw_mode if ";" in raw_mode else ""
+
+
+def _load(image, encoded):
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
+            raise
+        completed = _with_end_mark(encoded)
+        if completed is None:
+            raise
+        return completed
+
+
+def _with_end_mark(encoded):
+    """A JPEG of which nothing but its last two bytes is missing; None where more is."""
+    # What stands before the mark then makes no difference.
+    encoded = encoded.rstrip(b"\xff")
+    digests = []
+    for more in (b"\x55" * 64, b""):
+        image = Image.open(io.BytesIO(encoded + more + JPEG_END))
+        try:
+            digests.append(hashlib.sha256(image.tobytes()).digest())
+        except OSError:
+            return None
+    return image if digests[0] == digests[1] else None
+
+
+def _to_rgb(image, raw_mode, encoded, name):
+    if image.mode == "F":
+        raise UnreadableImage("floating-point values of unknown range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _from_sixteen_bits(image, name)
+    if ";16" in raw_mode:
+        # Pillow has kept the upper bytes only.
+        _warn_of_twelve_bits(max(high for _, high in _extrema(image)) << 8, name)
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if raw_mode == "RGB;16B" and image.mode == "RGB":
+        image.paste(WHITE, mask=_transparent_of_sixteen_bits(image, encoded))
+        return image
+    if raw_mode in ("L;2", "L;4"):
+        # Pillow leaves the transparent level at the file's depth.
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}[raw_mode]
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    rgb = Image.new("RGB", image.size, WHITE)
+    rgb.paste(rgba, mask=rgba)
+    return rgb
+
+
+def _transparent_of_sixteen_bits(image, encoded):
+    # `image` has the upper bytes. Taken for the other byte order, the file gives the lower ones.
+    lower = Image.open(io.BytesIO(encoded))
+    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    key = np.array(image.info["transparency"])
+    same = (np.asarray(image) == key >> 8) & (np.asarray(lower) == key & 255)
+    return Image.fromarray(same.all(-1))
+
+
+def _from_sixteen_bits(image, name):
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise UnreadableImage(f"values from {low} to {high}; of integers 0 to 65535 are read")
+    _warn_of_twelve_bits(high, name)
+    # Pillow's own conversion clips at 255 instead of scaling.
+    gray = np.right_shift(values, 8, out=np.empty(values.shape, np.uint8), casting="unsafe")
+    rgb = Image.fromarray(gray).convert("RGB")
+    if "transparency" in image.info:
+        rgb.paste(WHITE, mask=Image.fromarray(values == image.info["transparency"]))
+    return rgb
+
+
+def _extrema(image):
+    extrema = image.getextrema()
+    return extrema if isinstance(extrema[0], tuple) else (extrema,)
+
+
+def _warn_of_twelve_bits(high, name):
+    if 0 < high < TWELVE_BITS:
+        logging.log_first_n(
+            logging.WARNING,
+            "%s has 16 bits, of which the largest value takes 12 or fewer (%d): it is read as "
+            "nearly black, as are others of the kind. Multiply such files by 16 (65535 is white).",
+            1,
+            name or "An image",
+            high,
+        )
+
+
+def _orientation(image):
+    if not any(source in image.info for source in ORIENTATION_SOURCES):
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Whatever Pillow meets in broken EXIF data, the picture is whole.
+        return 1
+
+
+def _reason(encoded, error):
+    """Why Pillow could not read an image, in plain words."""
+    if not encoded:
+        return "empty"
+    if _is_heif(encoded) and not _register_heif():
+        return "a HEIC file; pip install pillow-heif lets it be read"
+    if isinstance(error, MemoryError):
+        return "more than fits into the memory"
+    text = re.sub(r"<[^>]* at 0x\w+>", "it", str(error)) or type(error).__name__
+    cut = "truncated" in text.lower() or isinstance(error, EOFError)
+    # A RIFF file, such as WebP, tells how long it is.
+    cut |= encoded.startswith(b"RIFF") and len(encoded) < int.from_bytes(encoded[4:8], "little")
+    unidentified = isinstance(error, Image.UnidentifiedImageError)
+    if cut or (unidentified and encoded.startswith(SIGNATURES)):
+        return "cut off"
+    if unidentified:
+        return f"not an image: begins with {_beginning(encoded)}"
+    return f"damaged: {text}"
+
+
+def _beginning(encoded):
+    begin = encoded[:20]
+    text = begin.decode("latin-1")
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in begin):
+        return repr(text) + ("..." if len(encoded) > len(begin) else "")
+    return "the bytes " + begin[:8].hex(" ")
+
+
+# ----------------------------------------------------------------------------------- in a graph
+
+
+@tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it takes seconds.
+def decode(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+    """Decodes JPEG, PNG, WebP, GIF or BMP in a graph, to the pixels that `open_image` gives.
+
+    It fails, by an error of TensorFlow, for what is broken or too large, for other formats, and
+    for forms that TensorFlow would read otherwise: CMYK, palettes in BMP, a first frame of a GIF
+    that is smaller than the picture, orientation that is stored in compressed text.
+
+    Args:
+        encoded: a string scalar.
+        max_pixels: width times height that is still decoded.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+
+    def starts(prefix, at=0):
+        return _cut(encoded, at, len(prefix)) == prefix
+
+    def other():
+        fail = tf.debugging.Assert(False, ["Expected JPEG, PNG, WebP, GIF or BMP."])
+        with tf.control_dependencies([fail]):
+            return tf.zeros([0, 0, 3], tf.uint8), tf.constant(1)
+
+    empty = tf.strings.length(encoded) < 16
+    kinds = [
+        (empty, other),
+        (lambda: starts(JPEG_BEGIN), lambda: _decode_jpeg(encoded, max_pixels)),
+        (lambda: starts(b"\x89PNG\r\n\x1a\n"), lambda: _decode_png(encoded, max_pixels)),
+        (lambda: starts(b"WEBP", 8), lambda: _decode_webp(encoded, max_pixels)),
+        (lambda: starts(b"GIF8"), lambda: _decode_gif(encoded, max_pixels)),
+        (lambda: starts(b"BM"), lambda: _decode_bmp(encoded, max_pixels)),
+    ]
+    result = other
+    for condition, branch in reversed(kinds):
+        result = functools.partial(_choose, condition, branch, result)
+    image, orientation = result()
+    upright = tf.switch_case(
+        tf.where((orientation >= 2) & (orientation <= 8), orientation - 1, 0),
+        [
+            lambda: image,
+            lambda: image[:, ::-1],
+            lambda: image[::-1, ::-1],
+            lambda: image[::-1],
+            lambda: tf.transpose(image, [1, 0, 2]),
+            lambda: tf.transpose(image[::-1], [1, 0, 2]),
+            lambda: tf.transpose(image[::-1, ::-1], [1, 0, 2]),
+            lambda: tf.transpose(image[:, ::-1], [1, 0, 2]),
+        ],
+    )
+    return tf.ensure_shape(upright, [None, None, 3])
+
+
+def _choose(condition, branch, otherwise):
+    return tf.cond(condition() if callable(condition) else condition, branch, otherwise)
+
+
+def _cut(encoded, at, length):
+    """`length` bytes from a place on, fewer where the string ends before."""
+    # Beyond the end TensorFlow's error would quote the whole file.
+    at = tf.minimum(tf.cast(at, tf.int64), tf.cast(tf.strings.length(encoded), tf.int64))
+    return tf.strings.substr(encoded, at, tf.cast(length, tf.int64))
+
+
+def _number(encoded, at, size, big_endian=False):
+    """The unsigned number of `size` bytes, int64, that stands at a place."""
+    values = tf.cast(tf.io.decode_raw(_cut(encoded, at, size), tf.uint8), tf.int64)
+    weights = 256 ** np.arange(size, dtype=np.int64)
+    # A file that ends too early has fewer bytes: an error.
+    values = tf.ensure_shape(values, [size])
+    return tf.reduce_sum(values * (weights[::-1] if big_endian else weights))
+
+
+def _require(condition, message, *values):
+    return tf.control_dependencies([tf.debugging.Assert(condition, [message, *values])])
+
+
+def _require_size(width, height, max_pixels):
+    return _require(
+        tf.cast(width, tf.int64) * tf.cast(height, tf.int64) <= max_pixels,
+        f"More pixels than --max_pixels={max_pixels}:",
+        width,
+        height,
+    )
+
+
+def _decode_jpeg(encoded, max_pixels):
+    def segment(at, exif, height, width, components):
+        marker = _number(encoded, at, 2, big_endian=True)
+        with _require(marker >= 0xFF00, "Expected a marker in the JPEG's head."):
+            length = _number(encoded, at + 2, 2, big_endian=True)
+        in_exif = (marker == 0xFFE1) & (_cut(encoded, at + 4, 6) == b"Exif\0\0")
+        exif = tf.cond(in_exif, lambda: exif + _cut(encoded, at + 10, length - 8), lambda: exif)
+        frame = (marker >= 0xFFC0) & (marker <= 0xFFCF)
+        frame &= (marker != 0xFFC4) & (marker != 0xFFC8) & (marker != 0xFFCC)
+        height, width, components = tf.cond(
+            frame,
+            lambda: (
+                _number(encoded, at + 5, 2, big_endian=True),
+                _number(encoded, at + 7, 2, big_endian=True),
+                _number(encoded, at + 9, 1),
+            ),
+            lambda: (height, width, components),
+        )
+        # Bytes of 0xFF may fill the space before a marker. The scan's data end the head.
+        step = tf.where(marker == 0xFFFF, tf.constant(1, tf.int64), length + 2)
+        at = tf.where(marker == 0xFFDA, -at, at + step)
+        return at, exif, height, width, components
+
+    zero = tf.constant(0, tf.int64)
+    at, exif, height, width, components = tf.while_loop(
+        lambda at, *rest: at > 0,
+        segment,
+        (tf.constant(2, tf.int64), tf.constant(b""), zero, zero, zero),
+    )
+    grey_or_colour = _require(
+        (components == 1) | (components == 3),
+        "Expected a grey or RGB JPEG. Received channels:",
+        components,
+    )
+    with grey_or_colour, _require_size(width, height, max_pixels):
+        # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
+        image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+    return image, _orientation_of(exif, _cut(encoded, 0, -at))
+
+
+def _decode_png(encoded, max_pixels):
+    width, height = (_number(encoded, at, 4, big_endian=True) for at in (16, 20))
+    colour = _number(encoded, 25, 1)
+
+    def chunk(at, exif, xmp, alpha):
+        length = _number(encoded, at, 4, big_endian=True)
+        kind = _cut(encoded, at + 4, 4)
+        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
+        exif = tf.cond(kind == b"eXIf", content, lambda: exif)
+        keyword = _cut(encoded, at + 8, 22)
+        profile = (kind == b"zTXt") | (kind == b"tEXt") | (kind == b"iTXt")
+        profile &= keyword == b"Raw profile type exif\0"
+        is_xmp = (kind == b"iTXt") & (_cut(keyword, 0, 18) == b"XML:com.adobe.xmp\0")
+        compressed = is_xmp & (_cut(keyword, 18, 1) != b"\0")
+        with _require(~(profile | compressed), "Cannot read orientation from compressed text."):
+            xmp = tf.cond(is_xmp, content, lambda: xmp)
+        at = tf.where(kind == b"IEND", -at, at + length + 12)
+        return at, exif, xmp, alpha | (kind == b"tRNS")
+
+    _, exif, xmp, alpha = tf.while_loop(
+        lambda at, *rest: at > 0,
+        chunk,
+        (tf.constant(8, tf.int64), tf.constant(b""), tf.constant(b""), colour >= 4),
+    )
+    with _require_size(width, height, max_pixels):
+        # Where a palette of few bits has no alpha, TensorFlow 2.21 would make up a wrong one.
+        image = tf.cond(
+            alpha,
+            lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
+            lambda: tf.io.decode_png(encoded, channels=3),
+        )
+    return image, _orientation_of(exif, xmp)
+
+
+def _decode_webp(encoded, max_pixels):
+    kind = _cut(encoded, 12, 4)
+
+    def extended():
+        flags = _number(encoded, 20, 1)
+        return _number(encoded, 24, 3) + 1, _number(encoded, 27, 3) + 1, flags // 16 % 2
+
+    def lossless():
+        bits = _number(encoded, 21, 4)
+        return bits % 2**14 + 1, bits // 2**14 % 2**14 + 1, bits // 2**28 % 2
+
+    def lossy():
+        return _number(encoded, 26, 2) % 2**14, _number(encoded, 28, 2) % 2**14, np.int64(0)
+
+    width, height, alpha = tf.cond(
+        kind == b"VP8X", extended, lambda: tf.cond(kind == b"VP8L", lossless, lossy)
+    )
+
+    def with_channels(channels):
+        # Never 0, the file's own: TensorFlow 2.21 then writes beyond its buffer where it moves.
+        image = tf.io.decode_image(encoded, channels, expand_animations=False)
+        return tf.ensure_shape(image, [None, None, channels])
+
+    with _require_size(width, height, max_pixels):
+        image = tf.cond(alpha == 1, lambda: _on_white(with_channels(4)), lambda: with_channels(3))
+    end = tf.cast(tf.strings.length(encoded), tf.int64) - 8
+
+    def chunk(at, exif, xmp):
+        kind = _cut(encoded, at, 4)
+        length = _number(encoded, at + 4, 4)
+        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
+        exif = tf.cond(kind == b"EXIF", content, lambda: exif)
+        xmp = tf.cond(kind == b"XMP ", content, lambda: xmp)
+        return at + 8 + length + length % 2, exif, xmp
+
+    _, exif, xmp = tf.while_loop(
+        lambda at, *rest: at <= end,
+        chunk,
+        (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
+    )
+    return image, _orientation_of(exif, xmp)
+
+
+def _decode_gif(encoded, max_pixels):
+    width, height = (_number(encoded, at, 2) for at in (6, 8))
+
+    def palette_size(flags):
+        return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(np.int64(2), flags % 8), 0)
+
+    def skip(at):
+        """Past the blocks, each led by its length, that begin at a place."""
+        body = lambda at: [at + _number(encoded, at, 1) + 1]  # noqa: E731
+        (at,) = tf.while_loop(lambda at: _number(encoded, at, 1) > 0, body, [at])
+        return at + 1
+
+    def extension(at, control):
+        is_control = _number(encoded, at + 1, 1) == 0xF9
+        return skip(at + 2), tf.where(is_control, at, control)
+
+    # Extensions, of which one may tell the transparent entry, precede the first frame.
+    at, control = tf.while_loop(
+        lambda at, control: _number(encoded, at, 1) == 0x21,
+        extension,
+        (13 + palette_size(_number(encoded, 10, 1)), tf.constant(0, tf.int64)),
+    )
+    place = [_number(encoded, at + 1 + 2 * i, 2) for i in range(4)]
+    whole = (place[0] == 0) & (place[1] == 0) & (place[2] == width) & (place[3] == height)
+    whole &= _number(encoded, at, 1) == 0x2C
+    frame_flags = _number(encoded, at + 9, 1)
+    palette = tf.where(frame_flags >= 128, at + 10, tf.constant(13, tf.int64))
+    flags = tf.where(frame_flags >= 128, frame_flags, _number(encoded, 10, 1))
+
+    def with_white_entry():
+        """TensorFlow makes transparent pixels black: here none is, and their entry is white."""
+        control_flags = _number(encoded, control + 3, 1)
+        entry = palette + 3 * _number(encoded, control + 6, 1)
+        opaque = _put(encoded, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
+        in_palette = entry < palette + palette_size(flags)
+        return tf.cond(in_palette, lambda: _put(opaque, entry, bytes(WHITE)), lambda: opaque)
+
+    transparent = tf.cond(
+        control > 0, lambda: _number(encoded, control + 3, 1) % 2 == 1, lambda: tf.constant(False)
+    )
+    covered = _require(whole, "Expected a GIF whose first frame covers it.")
+    with covered, _require_size(width, height, max_pixels):
+        encoded = tf.cond(transparent, with_white_entry, lambda: encoded)
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
+
+
+ALL_BYTES = [bytes([value]) for value in range(256)]
+
+
+def _put(encoded, at, new):
+    """The string with some bytes replaced, from a place on."""
+    length = tf.cast(tf.strings.length(encoded), tf.int64)
+    rest = at + tf.cast(tf.strings.length(new), tf.int64)
+    return tf.strings.join([_cut(encoded, 0, at), new, _cut(encoded, rest, length)])
+
+
+def _decode_bmp(encoded, max_pixels):
+    head, bits, compression = (_number(encoded, at, n) for at, n in ((14, 4), (28, 2), (30, 4)))
+    width, height = (tf.bitcast(_number32(encoded, at), tf.int32) for at in (18, 22))
+    plain = (head >= 40) & (compression == 0) & ((bits == 24) | (bits == 32))
+    with (
+        _require(plain, "Expected a BMP of 24 or 32 bits, uncompressed. Received bits:", bits),
+        _require_size(width, tf.abs(height), max_pixels),
+    ):
+        image = tf.io.decode_bmp(encoded, channels=0)[..., :3]
+    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
+
+
+def _number32(encoded, at):
+    return tf.cast(_number(encoded, at, 4), tf.uint32)
+
+
+def _on_white(image):
+    """Lays uint8 [H, W, 4] on white, rounded as Pillow does; returns uint8 [H, W, 3]."""
+
+    def lay():
+        values = tf.cast(image, tf.int32)
+        alpha = values[..., 3:]
+        # No 255 * 255 + 127 is half way between two levels: 255 is odd.
+        return tf.cast((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+
+    opaque = tf.reduce_min(image[..., 3]) == 255
+    return tf.cond(opaque, lambda: image[..., :3], lay)
+
+
+def _orientation_of(exif, xmp):
+    """The orientation by EXIF data (empty: none) or, as Pillow has it, else by XMP; int32."""
+    value = tf.cond(
+        tf.strings.length(exif) > 0, lambda: _orientation_in_exif(exif), lambda: tf.constant(0)
+    )
+
+    def in_xmp():
+        digit = tf.strings.regex_replace(
+            xmp, r'(?s)^\C*?tiff:Orientation(?:="|>)([0-9])\C*$', r"\1"
+        )
+        found = tf.strings.length(digit) == 1
+        return tf.strings.to_number(tf.where(found, digit, "1"), tf.int32)
+
+    return tf.cond((value == 0) & (tf.strings.length(xmp) > 0), in_xmp, lambda: value)
+
+
+def _orientation_in_exif(exif):
+    """Of a TIFF's first directory the entry 0x0112; 0 where it is missing or unreadable."""
+    exif = tf.strings.regex_replace(exif, r"^(?:Exif\x00\x00)+", "")
+    data = tf.cast(tf.io.decode_raw(exif, tf.uint8), tf.int64)
+    little = _cut(exif, 0, 2) == b"II"
+
+    def numbers(values):  # [..., n] bytes to [...]
+        weights = 256 ** np.arange(values.shape[-1], dtype=np.int64)
+        return tf.reduce_sum(values * tf.where(little, weights, weights[::-1]), -1)
+
+    def first_directory():
+        begin = numbers(tf.ensure_shape(data[4:8], [4])) + 2
+        space = (tf.size(data, tf.int64) - begin) // 12
+
+        def read():
+            count = numbers(tf.ensure_shape(data[begin - 2 : begin], [2]))
+            count = tf.minimum(count, space)
+            entries = tf.reshape(data[begin : begin + 12 * count], [-1, 12])
+            kinds = numbers(entries[:, 2:4])
+            single = numbers(entries[:, 4:8]) == 1
+            wanted = (numbers(entries[:, :2]) == ExifTags.Base.Orientation.value) & single
+            # Shorts begin the field of four bytes, longs fill it; Pillow takes no other kind.
+            values = tf.where(kinds == 3, numbers(entries[:, 8:10]), numbers(entries[:, 8:12]))
+            wanted &= (kinds == 3) | (kinds == 4)
+            last = tf.boolean_mask(values, wanted)[-1:]
+            last = tf.where((last >= 1) & (last <= 8), last, 1)
+            return tf.cast(tf.reduce_sum(last), tf.int32)
+
+        return tf.cond(space > 0, read, lambda: tf.constant(0))
+
+    return tf.cond(tf.strings.length(exif) >= 8, first_directory, lambda: tf.constant(0))
