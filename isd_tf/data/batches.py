@@ -8,6 +8,7 @@ every worker reads all records and decodes its own, as long as the shards and ST
 stay the same. Only tf.data service (`data_service`) gives the order up.
 """
 
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import Unreadable, decode_first_readable
+from isd_tf.data.pixels import decode
 from isd_tf.views import augment, crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
@@ -25,7 +27,9 @@ STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
 # An unreadable record of a stream gives way to the readable one among so many that follow.
 STREAM_CANDIDATES = 4
-# A batch of 256 pairs of 224x224 views takes 308 MB, so few are kept ready.
+# Images that are decoded one after the other, as one element of a dataset.
+GROUP = 16
+# A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
 PREFETCHED_BATCHES = 2
 # How long to wait for a data service's first worker; TensorFlow would wait forever, in silence.
 DATA_SERVICE_SECONDS = 60
@@ -279,6 +283,10 @@ class _RandomCrops(NamedTuple):
     areas: tuple[tuple[float, float], ...]
     view_seeds: tuple[int, ...]
 
+    @property
+    def views(self):
+        return len(self.view_seeds)
+
     def seeds(self, places):
         """For each view int64 [n, 2] of places [n]."""
         # Places count images over the whole training, so that no two views share a seed.
@@ -298,6 +306,7 @@ class _CentreCrop(NamedTuple):
     """The evaluation view's crop."""
 
     size: int
+    views: int = 1
 
     def draws(self, places):
         return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
@@ -324,35 +333,69 @@ def _in_own_order(dataset, look, unreadable, batch_size):
         firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
         return _map(firsts, look_at_batch)
 
-    def decode_one(number, source, read, name, label):
-        candidate = lambda attempt: (source, name, label)  # noqa: E731
-        image, label = decode_first_readable(candidate, read, 1, unreadable)
-        return number, image, label
-
     if isinstance(dataset, FileDataset):
-        files = tf.data.Dataset.from_tensor_slices((_paths(dataset), _labels(dataset)))
-
-        def decode_file(number, file):
-            path, label = file
-            return decode_one(number, path, tf.io.read_file, path, label)
-
-        images = _map(files.enumerate(), decode_file)
+        paths, read = _paths(dataset), tf.io.read_file
+        sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
     else:
         records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
+        sources, read = _map(records, functools.partial(_source_of_record, dataset)), tf.identity
 
-        def decode_record(number, record):
-            file, index, example = record
-            encoded, label = dataset.parse(example)
-            return decode_one(number, encoded, tf.identity, _record_name(file, index), label)
+    def look_at_group(numbers, group):  # [n], three of [n]
+        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
+        draws = look.draws(numbers)
+        seen, labels, readable = _look_at_group(look, draws, candidate, read, 1, unreadable)
+        return tf.nest.map_structure(
+            lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
+        )
 
-        images = _map(records.enumerate(), decode_record)
+    return _map(sources.enumerate().batch(GROUP), look_at_group)
 
-    def look_at_one(number, image, label):
-        number = number[tf.newaxis]
-        return number, look(image[tf.newaxis], look.draws(number)), label[tf.newaxis]
 
-    images = images.filter(lambda number, image, label: tf.size(image) > 0)
-    return _map(images, look_at_one)
+def _look_at_group(look, draws, candidate, read, attempts, unreadable):
+    """What is seen of a few images.
+
+    Args:
+        look, draws: `look.draws` of n places.
+        candidate: which of the n, and the number of an attempt, to a source, a name and a label.
+        read, attempts, unreadable: as in `decode_first_readable`.
+
+    Returns:
+        For each view uint8 [n, S, S, 3], labels [n], and bool [n]: whether any could be read.
+    """
+    count = tf.shape(draws, out_type=tf.int64)[0]
+    empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
+
+    def look_at(i):
+        source, _, label = candidate(i, tf.constant(0, tf.int64))
+        seen = look(decode(read(source))[tf.newaxis], draws[i][tf.newaxis])
+        return tuple(x[0] for x in seen), label
+
+    # All at once, and if one fails, each by itself. A graph has no exceptions to catch; a dataset
+    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
+    at_once = tf.data.Dataset.range(count).map(_as_it_stands(look_at))
+    at_once = at_once.batch(count, drop_remainder=True).ignore_errors()
+    nothing = tf.data.Dataset.from_tensors((empty, tf.zeros([0], tf.int64)))
+    seen, labels = at_once.concatenate(nothing).take(1).get_single_element()
+
+    def look_at_first_readable(i):
+        of_image = functools.partial(candidate, i)
+        image, label = decode_first_readable(of_image, read, attempts, unreadable)
+        readable = tf.size(image) > 0
+        seen = tf.cond(
+            readable,
+            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
+            lambda: tuple(tf.zeros([1, look.size, look.size, 3], tf.uint8) for _ in empty),
+        )
+        return tuple(x[0] for x in seen), label, readable
+
+    types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
+    seen, labels, readable = tf.cond(
+        tf.size(labels) > 0,
+        lambda: (seen, labels, tf.fill([count], True)),
+        lambda: tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types),
+    )
+    seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
+    return seen, tf.ensure_shape(labels, [None]), tf.ensure_shape(readable, [None])
 
 
 # ---------------------------------------------------------------- images in the order of training
@@ -435,21 +478,20 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        places = order.places(step)
-        return tf.data.Dataset.from_tensor_slices((places, look.draws(places)))
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(GROUP)
 
-    def look_at_image(place, draws):
-        def candidate(attempt):
+    def look_at_group(places):  # [n]
+        def candidate(i, attempt):
             # What cannot be read gives way to the next image in the epoch's order.
-            row = order.images_at(place, attempt)
+            row = order.images_at(places[i], attempt)
             return paths[row], paths[row], labels[row]
 
+        draws, count = look.draws(places), len(dataset)
         # When none can be read, `unreadable` ends the run.
-        image, label = decode_first_readable(candidate, tf.io.read_file, len(dataset), unreadable)
-        seen = look(image[tf.newaxis], draws[tf.newaxis])
-        return place[tf.newaxis], seen, label[tf.newaxis]
+        seen, chosen, _ = _look_at_group(look, draws, candidate, tf.io.read_file, count, unreadable)
+        return places, seen, chosen
 
-    return _map(order.steps.flat_map(places_of), look_at_image)
+    return _map(order.steps.flat_map(places_of), look_at_group)
 
 
 def _record_images(dataset, order, look, unreadable):
@@ -482,34 +524,38 @@ def _record_images(dataset, order, look, unreadable):
         # Here, not once for all epochs: each of a data service's workers begins with another.
         return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
-    def look_at_record(place, window):
-        files, indices, records = window
+    def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
+        def candidate(i, attempt):
+            return _source_of_record(dataset, *(part[i, attempt] for part in group))
 
-        def candidate(attempt):
-            encoded, label = dataset.parse(records[attempt])
-            return encoded, _record_name(files[attempt], indices[attempt]), label
-
-        image, label = decode_first_readable(candidate, tf.identity, STREAM_CANDIDATES, unreadable)
+        seen, labels, readable = _look_at_group(
+            look, look.draws(places), candidate, tf.identity, STREAM_CANDIDATES, unreadable
+        )
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
-        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, [message])]):
-            place = place[tf.newaxis]
-            return place, look(image[tf.newaxis], look.draws(place)), label[tf.newaxis]
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
+            return places, seen, tf.identity(labels)
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    return _map(windows, look_at_record)
+    return _map(windows.batch(GROUP), look_at_group)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
 
 
 def _map(dataset, function):
-    """Maps a function that is a graph as it stands: AutoGraph's search for loops takes seconds."""
-    return dataset.map(tf.autograph.experimental.do_not_convert(function), tf.data.AUTOTUNE)
+    return dataset.map(_as_it_stands(function), tf.data.AUTOTUNE)
 
 
-def _record_name(file, index):
-    return tf.strings.join([file, ", record ", tf.strings.as_string(index)])
+def _as_it_stands(function):
+    """Keeps AutoGraph from searching a function's source for loops, which takes seconds."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def _source_of_record(dataset, file, index, record):
+    """Encoded image, name and label of a record."""
+    encoded, label = dataset.parse(record)
+    return encoded, tf.strings.join([file, ", record ", tf.strings.as_string(index)]), label
 
 
 def _paths(dataset):

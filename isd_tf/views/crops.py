@@ -160,11 +160,12 @@ def _resample(images, starts, steps, firsts, ends, size):
             *(values[:, axis] for values in (starts, steps, firsts, ends)), size
         )
         _, blocks, _, taps = tf.unstack(tf.shape(weights))
-        lines = tf.reshape(lines, [count, length, other * 3])
         window = tf.broadcast_to(window, [count, blocks * taps])
-        lines = tf.gather(lines, window, batch_dims=1)
-        lines = tf.cast(tf.reshape(lines, [count, blocks, taps, other * 3]), tf.float32)
-        levels = tf.cast(tf.matmul(weights, lines) + 0.5, tf.uint8)  # [B, blocks, BLOCK, other * 3]
+        weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
+        lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
+        lines = tf.cast(tf.reshape(lines, [count * blocks, taps, other * 3]), tf.float32)
+        sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
+        levels = tf.cast(sums + 0.5, tf.uint8)
         images = tf.reshape(levels, [count, blocks * BLOCK, other, 3])[:, :size]
     return tf.ensure_shape(images, [None, size, size, 3])
 
