@@ -1,9 +1,14 @@
+import ast
+import dataclasses
+import os
+import pathlib
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf.data import datasets
+from isd_tf.data import datasets, photo_patches, pixels
 
 
 def write_image(path, value=0):
@@ -93,24 +98,137 @@ def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist.*missing"):
         datasets.load("folder", data_dir=str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no image below .*empty.*.jpg"):
+    with pytest.raises(
+        ValueError, match="no image below .*empty, which holds no file at all.*.jpg"
+    ):
         datasets.load("folder", data_dir=str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="test folder .*holdout"):
         datasets.load("folder", test_split="holdout", data_dir=str(folder))
     with pytest.raises(FileNotFoundError, match="no subfolder 'trian'.*--train_split"):
         datasets.load("folder", train_split="trian", data_dir=str(folder))
-    (folder / "train").rename(folder / "training")
-    with pytest.raises(FileNotFoundError, match="no subfolder 'train'.*--train_split"):
+    (folder / "train").rename(folder / "train2017")
+    message = "no subfolder 'train'.*train2017, val, which look like.*--train_split"
+    with pytest.raises(FileNotFoundError, match=message):
         datasets.load("folder", data_dir=str(folder))
-    (folder / "training").rename(folder / "train")
+    (folder / "train2017").rename(folder / "train")
     write_image(folder / "val" / "bird" / "1.jpg")
-    with pytest.raises(ValueError, match="without: bird.*2 classes"):
+    with pytest.raises(ValueError, match="without: bird.*2 classes.*training folder itself"):
         datasets.load("folder", data_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        *(("Train", "Val"), ("train", "Val"), ("training", "testing"), ("TRAIN", "valid")),
+        *(("Training", "validation"), ("train", "Test")),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(tmp_path, train, test):
+    for split in (train, test):
+        for name in ("cat/1.jpg", "dog/2.jpg"):
+            write_image(tmp_path / split / name)
+    loaded = datasets.load("folder", data_dir=str(tmp_path))
+    assert [dataset.name for dataset in loaded] == [str(tmp_path / train), str(tmp_path / test)]
+    assert all(dataset.class_names == ("cat", "dog") for dataset in loaded)
+
+
+def test_two_folders_that_may_be_meant_are_refused(tmp_path):
+    for split in ("Train", "TRAIN", "val"):
+        write_image(tmp_path / split / "cat" / "1.jpg")
+    with pytest.raises(FileNotFoundError, match="TRAIN, Train. Say by --train_split"):
+        datasets.load("folder", data_dir=str(tmp_path))
+
+
+def test_training_and_test_images_are_never_taken_together(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / "archive" / split / "cat" / "1.jpg")
+    with pytest.raises(ValueError, match=r"has train, val, which.*--data_dir=\S*/archive,"):
+        datasets.load("folder", data_dir=str(tmp_path))
+    (tmp_path / "archive" / "val").rename(tmp_path / "archive" / "cats")
+    assert len(datasets.load("folder", data_dir=str(tmp_path))[0]) == 2
+
+
+def test_folders_by_date_can_be_taken_without_labels(tmp_path):
+    for name in ("train/2021/1.jpg", "train/2022/2.jpg", "val/2023/3.jpg"):
+        write_image(tmp_path / name)
+    with pytest.raises(ValueError, match="without: 2023.*dates.*--data_dir"):
+        datasets.load("folder", data_dir=str(tmp_path))
+    train, test = datasets.load("folder", data_dir=str(tmp_path / "train"))
+    assert len(train) == 2 and test is None and not datasets.is_labelled(train)
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(folder):
+    before = datasets.load("folder", data_dir=str(folder))[0]
+    for name in (
+        *("@eaDir/x.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/@eaDir/y.jpg", "$RECYCLE.BIN/x.jpg"),
+        *("lost+found/x.jpg", "#recycle/x.jpg", "System Volume Information/x.jpg"),
+        *("__MACOSX/cat/x.jpg", ".ipynb_checkpoints/x.jpg", "cat/._1.jpg", "_thumbs/x.jpg"),
+    ):
+        write_image(folder / "train" / name)
+    (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    (folder / "train" / "cat" / "desktop.ini").write_bytes(b"x")
+    after = datasets.load("folder", data_dir=str(folder))[0]
+    assert after.paths == before.paths and after.class_names == before.class_names
+    assert names(after, folder / "train") == names(before, folder / "train")
+    assert names(dataclasses.replace(after, paths=after.left_out), folder) == [
+        "train/cat/notes.txt"
+    ]
+
+
+def test_whatever_pillow_opens_is_read_and_the_rest_is_counted(tmp_path):
+    read = ("1.tif", "2.TIFF", "3.jfif", "4.jpe", "5.avif", "6.jp2", "7.ppm", "8.JPG")
+    for name in (*read, "9.heic", "9.pdf", "9.eps", "9.h5", "9", "10.pdf"):
+        (tmp_path / "train" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "cat" / name).write_bytes(b"")
+    train, _ = datasets.load("folder", data_dir=str(tmp_path))
+    assert names(train, tmp_path / "train" / "cat") == list(read)
+    assert datasets.describe(train) == (
+        f"{tmp_path}/train: 8 images of one class, cat: there is nothing to tell apart. 6 files "
+        "not read: 2 .pdf, 1 without suffix, 1 .eps, 1 .h5, 1 .heic (pip install pillow-heif)."
+    )
+    for name in read:
+        (tmp_path / "train" / "cat" / name).unlink()
+    with pytest.raises(ValueError, match="which holds 6 files: 2 .pdf, 1 without suffix"):
+        datasets.load("folder", data_dir=str(tmp_path))
+
+
+def test_the_description_names_the_smallest_and_the_largest_class(folder):
+    write_image(folder / "train" / "@odd\n" / "1.jpg")
+    train, test = datasets.load("folder", data_dir=str(folder))
+    assert f"5 images of 3 classes, from @odd{chr(92)}n with 1 to cat with 2. 1 file not" in (
+        datasets.describe(train)
+    )
+    assert "4 images of 3 classes, from @odd\\n with 0 to cat with 2." in datasets.describe(test)
+    arrays = datasets.ArrayDataset("x", np.zeros((4, 2, 2, 3)), np.array([0, 1, 0, 1]))
+    assert datasets.describe(arrays) == "x: 4 images of 2 classes, 2 of each."
+    assert datasets.describe(dataclasses.replace(arrays, labels=None)) == (
+        "x: 4 images without labels."
+    )
+
+
+def test_names_that_are_no_utf8_pass_unharmed(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/train/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (3, 2)).save(tmp_path / "x.png")
+    os.rename(tmp_path / "x.png", folder + b"/\xe9\n.png")
+    train, _ = datasets.load("folder", data_dir=str(tmp_path))
+    assert pixels.open_image(pixels.read_file(train.paths[0])).size == (3, 2)
+    assert os.fsencode(train.class_names[0]) == b"caf\xe9"
+    datasets.describe(train).encode("ascii")
+    (tmp_path / "list.txt").write_bytes(b"train/caf\xe9/2.png\tcaf\xe9\n")
+    os.rename(folder + b"/\xe9\n.png", folder + b"/2.png")
+    listed, _ = datasets.load("list", image_list=str(tmp_path / "list.txt"))
+    assert os.path.isfile(listed.paths[0]) and listed.class_names == train.class_names
+
+
+def test_a_link_to_nothing_is_an_image_until_it_is_read(folder):
+    (folder / "train" / "cat" / "x.jpg").symlink_to("/nowhere")
+    assert len(datasets.load("folder", data_dir=str(folder))[0]) == 5
 
 
 def load_list(folder, text, **arguments):
     path = folder / "list.txt"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return datasets.load("list", image_list=str(path), **arguments)
 
 
@@ -139,13 +257,40 @@ def test_list_of_the_unbalanced_study(folder):
     [
         ("train/cat/1.jpg\ntrain/cat/9.jpg\n", FileNotFoundError, "1 files.*of 2.*9.jpg.*relative"),
         ("\n", ValueError, "lists no image"),
-        ("train/cat/1.jpg\tcat\ntrain/dog/3.jpeg\n", ValueError, "1 of 2 lines"),
+        ("train/cat/1.jpg\tcat\ntrain/dog/3.jpeg\n", ValueError, "Line 1 has one.*in line 2"),
+        ("train/cat/1.jpg\n\ntrain/dog/3.jpeg\tx\n", ValueError, "Line 1 has none.*in line 3"),
+        ("train/cat/1.jpg\tcat\tx\n", ValueError, "no third column.*in line 1 of .*list.txt"),
+        ("train/cat/1.jpg\t \n", ValueError, "class name behind the tab.*in line 1"),
+        ("\tcat\n", ValueError, "path before the tab.*in line 1"),
+        (
+            "train/cat/1.jpg\tcat\ntrain/cat/1.jpg\tcat\ntrain/cat/1.jpg\tdog\n",
+            ValueError,
+            "one class name.*Line 1 has 'cat'.*in line 3",
+        ),
+        ("train/cat/1.jpg cat\n", FileNotFoundError, "looks like 'path label': put a tab"),
+        ("train/cat/1.jpg,cat\n", FileNotFoundError, "looks like 'path,label': put a tab"),
+        ("train\\cat\\1.jpg\n", FileNotFoundError, "Write / instead"),
+        (b"train/cat/\xe9.jpg\n", FileNotFoundError, r"cat/.udce9.jpg.*not UTF-8 but.*Latin-1"),
+        ("train/cat/1.jpg\n".encode("utf-16-le"), ValueError, "Line 1 of.*UTF-16 without"),
+        (b"\xff\xfex", ValueError, "begins as UTF-16 but is not.*Save it as UTF-8"),
         ("class names :\ncat\nTrain Images:\n/train/dog/3.jpeg\n", ValueError, "outside.*dog/3"),
     ],
 )
 def test_lists_that_cannot_be_used_are_refused(folder, text, error, message):
     with pytest.raises(error, match=message):
         load_list(folder, text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("line_end", ["\r\n", "\n", "\r"])
+def test_lists_as_editors_save_them_are_read(folder, encoding, line_end):
+    text = line_end.join(["train/dog/3.jpeg\tKätzchen", "", "train/cat/1.jpg\t猫", ""])
+    train, _ = load_list(folder, text.encode(encoding))
+    assert names(train, folder) == ["train/dog/3.jpeg", "train/cat/1.jpg"]
+    assert train.class_names == ("Kätzchen", "猫")
+    text = line_end.join(["class names : ", "dog", "cat", "Train Images: ", "/train/cat/1.jpg", ""])
+    train, _ = load_list(folder, text.encode(encoding), data_dir=str(folder))
+    assert names(train, folder) == ["train/cat/1.jpg"] and train.class_names == ("dog", "cat")
 
 
 def test_missing_list_is_refused():
@@ -166,6 +311,23 @@ def test_unknown_names_list_the_known_ones():
         ValueError, match="Received: 'cifar11'. Did you mean .*cifar10.*photo_patches"
     ):
         datasets.load("cifar11")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("cifar-10", "cifar10"), ("CIFAR10", "cifar10"), ("Fashion MNIST", "fashion_mnist")],
+)
+def test_names_as_people_write_them_get_a_suggestion(name, suggestion):
+    with pytest.raises(ValueError, match=f"Received: '{name}'.*Did you mean .*{suggestion}"):
+        datasets.load(name)
+
+
+@pytest.mark.parametrize("module", [datasets, photo_patches])
+def test_what_is_slow_to_import_is_imported_where_it_is_needed(module):
+    tree = ast.parse(pathlib.Path(module.__file__).read_text())
+    at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name.split(".")[0] for node in at_once for alias in node.names}
+    assert not names & {"tensorflow_datasets", "skimage"}
 
 
 class Photos(tfds.core.GeneratorBasedBuilder):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import sys
 import types
@@ -113,6 +114,14 @@ FORMS = {
     "jpeg, grey": (save(convert("L"), "JPEG", quality=98), IN_GRAPH),
     "jpeg, stored as RGB": (save(SCENE, "JPEG", quality=98, keep_rgb=True), IN_GRAPH),
     "jpeg, CMYK": (save(convert("CMYK"), "JPEG", quality=98), ELSEWHERE),
+    "jpeg, CMYK, not Adobe's": (
+        re.sub(rb"\xff\xee\0\x0eAdobe.{7}", b"", save(convert("CMYK"), "JPEG"), flags=re.DOTALL),
+        ELSEWHERE,
+    ),
+    "jpeg, exif of unknown order": (
+        with_segments(JPEG, b"Exif\0\0" + exif_of(6).replace(b"II", b"IJ")),
+        IN_GRAPH,
+    ),
     "jpeg, filled before a marker": (JPEG[:2] + b"\xff\xff" + JPEG[2:], IN_GRAPH),
     "jpeg, rubbish behind": (JPEG + b"rubbish" * 100, IN_GRAPH),
     "jpeg, broken exif": (with_segments(JPEG, BROKEN_EXIF), IN_GRAPH),

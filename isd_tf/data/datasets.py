@@ -9,14 +9,19 @@ import difflib
 import hashlib
 import os
 import pathlib
+import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import logging
 
-from isd_tf.data import photo_patches
-from isd_tf.data.pixels import image_suffixes
+from isd_tf.data import folders, lists, photo_patches
+from isd_tf.data.folders import shown
+
+if TYPE_CHECKING:
+    # It takes seconds to import, and is imported where a dataset of its is asked for.
+    import tensorflow_datasets as tfds
 
 # TFDS splits of one image size that decode to less than this are held in memory.
 LARGEST_ARRAY_BYTES = 2**30
@@ -45,12 +50,17 @@ class ArrayDataset:
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-    """Image files of any size; attributes as in `ArrayDataset`, `paths` for images."""
+    """Image files of any size; attributes as in `ArrayDataset`, `paths` for images.
+
+    Attributes:
+        left_out: paths of files beside them that are not read, as their names are no images'.
+    """
 
     name: str
     paths: tuple[str, ...]
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __len__(self):
         return len(self.paths)
@@ -74,7 +84,7 @@ class RecordDataset:
     files: tuple[str, ...]
     skips: tuple[int, ...]
     takes: tuple[int, ...]
-    features: tfds.features.FeaturesDict
+    features: "tfds.features.FeaturesDict"
     image_key: str
     label_key: str | None
     class_names: tuple[str, ...] = ()
@@ -100,6 +110,8 @@ class RecordDataset:
 
     def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the encoded image and the label (-1 if there is none) of a record."""
+        import tensorflow_datasets as tfds
+
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
         example = self.features.deserialize_example(record, decoders=decoders)
         label = tf.cast(example[self.label_key] if self.label_key else -1, tf.int64)
@@ -159,6 +171,33 @@ def load(
     return _load_tfds(name, train_split, test_split, data_dir)
 
 
+def describe(dataset: Dataset) -> str:
+    """Says in a line or two which images a dataset has, of which classes, and what is left out."""
+    text = f"{shown(dataset.name)}: {len(dataset)} images"
+    if not is_labelled(dataset):
+        text += " without labels"
+    elif isinstance(dataset, RecordDataset):
+        text += f" of {len(dataset.class_names)} classes"
+    else:
+        count = max(len(dataset.class_names), int(dataset.labels.max(initial=-1)) + 1)
+        sizes = np.bincount(dataset.labels, minlength=count)
+        names = dataset.class_names or [f"class {label}" for label in range(count)]
+        smallest, largest = int(sizes.argmin()), int(sizes.argmax())
+        if count == 1:
+            text += f" of one class, {shown(names[0])}: there is nothing to tell apart"
+        elif sizes[smallest] == sizes[largest]:
+            text += f" of {count} classes, {sizes[0]} of each"
+        else:
+            text += (
+                f" of {count} classes, from {shown(names[smallest])} with {sizes[smallest]} to "
+                f"{shown(names[largest])} with {sizes[largest]}"
+            )
+    if isinstance(dataset, FileDataset) and dataset.left_out:
+        total, kinds = folders.count_by_suffix(dataset.left_out).split(": ", 1)
+        text += f". {total} not read: {kinds}"
+    return text + "."
+
+
 def fingerprint(dataset: Dataset) -> str:
     """Returns a digest of which images a dataset holds in which order, wherever they are stored.
 
@@ -186,99 +225,62 @@ def fingerprint(dataset: Dataset) -> str:
 def _load_folder(data_dir, train_split, test_split):
     if not data_dir:
         raise ValueError("--dataset=folder needs the folder's path. Pass --data_dir=PATH.")
-    root = pathlib.Path(data_dir)
-    if not root.is_dir():
+    root = str(pathlib.Path(data_dir))
+    if not os.path.isdir(root):
         raise FileNotFoundError(
             f"The image folder does not exist. Received: --data_dir={data_dir}. "
             "Expected a folder with train/<class>/ inside, or with images at any depth."
         )
-    found = [split for split in ("test", "validation", "val") if (root / split).is_dir()]
-    if not (root / train_split).is_dir():
-        if test_split or found or train_split != "train":
-            raise FileNotFoundError(
-                f"The folder {root} has no subfolder {train_split!r} to train on. Name the right "
-                "one by --train_split, or give a folder that holds training images only."
-            )
+    train_split, test_split = folders.find_splits(root, train_split, test_split)
+    if train_split is None:
         logging.warning(
-            "%s has no subfolder %s: all images below it are taken as unlabelled. For labels give "
-            "a folder that holds train/<class>/ and val/<class>/.",
-            root,
-            train_split,
+            "%s has no subfolder train: all images below it are taken as unlabelled. For labels "
+            "give a folder that holds train/<class>/ and val/<class>/.",
+            shown(root),
         )
-        return _scan_folder(root, labelled=False), None
-    train = _scan_folder(root / train_split, labelled=True)
-    if test_split is None and found:
-        test_split = found[0]
+        return _open_folder(root, folders.scan(root, labelled=False)), None
+    train_root = os.path.join(root, train_split)
+    train = _open_folder(train_root, folders.scan(train_root, labelled=True))
     if test_split is None:
         return train, None
-    if not (root / test_split).is_dir():
-        raise FileNotFoundError(
-            f"The test folder {root / test_split} does not exist. {root} has the folders "
-            f"{', '.join(sorted(path.name for path in root.iterdir() if path.is_dir()))}. Correct "
-            "--test_split."
-        )
-    return train, _scan_folder(root / test_split, labelled=True, class_names=train.class_names)
+    test_root = os.path.join(root, test_split)
+    test = folders.scan(test_root, labelled=True)
+    if train.labels is None:
+        # Whatever the folders of the test images are, there are no classes to call them by.
+        test = test._replace(classes=None)
+    return train, _open_folder(test_root, test, train.class_names)
 
 
-def _scan_folder(folder, labelled, class_names=None):
-    """Lists the images below a folder; its immediate subfolders are the classes, if any are."""
-
-    def fail(error):
-        raise error
-
-    paths, visited = [], set()
-    for directory, subdirectories, files in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(directory) in visited:  # A link back up.
-            subdirectories.clear()
-            continue
-        visited.add(os.path.realpath(directory))
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        paths += [
-            os.path.join(directory, file)
-            for file in sorted(files)
-            if os.path.splitext(file)[1].lower() in image_suffixes() and not file.startswith(".")
-        ]
-    if not paths:
-        raise ValueError(
-            f"Found no image below {folder}. Expected files that end in "
-            f"{', '.join(sorted(image_suffixes()))}, at any depth."
-        )
-    tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    beside = [parts[0] for parts in tops if len(parts) == 1]
-    if labelled and beside and len(beside) < len(paths):
-        logging.warning(
-            "%s holds %d images beside its subfolders, such as %s: no image is taken as labelled.",
-            folder,
-            len(beside),
-            beside[0],
-        )
-    if not labelled or beside:
-        return FileDataset(str(folder), tuple(paths))
-    classes = [parts[0] for parts in tops]
-    names = class_names or tuple(sorted(set(classes)))
-    unknown = sorted(set(classes) - set(names))
+def _open_folder(folder, found, class_names=None):
+    if found.classes is None:
+        return FileDataset(folder, found.paths, left_out=found.left_out)
+    names = class_names or tuple(sorted(set(found.classes)))
+    unknown = sorted(set(found.classes) - set(names))
     if unknown:
         raise ValueError(
-            f"Every class of {folder} needs training images. Received classes without: "
-            f"{', '.join(unknown[:5])}. The training folder has {len(names)} classes, "
-            f"for example {', '.join(names[:3])}."
+            f"Every class of {shown(folder)} needs training images. Received classes without: "
+            f"{', '.join(map(shown, unknown[:5]))}. The training folder has {len(names)} classes, "
+            f"for example {', '.join(map(shown, names[:3]))}. If the folders are no classes but "
+            "dates, say, pass the training folder itself as --data_dir: its images are then taken "
+            "as unlabelled, and nothing is scored."
         )
     places = {name: place for place, name in enumerate(names)}
-    labels = np.array([places[name] for name in classes], np.int64)
-    return FileDataset(str(folder), tuple(paths), labels, names)
+    labels = np.array([places[name] for name in found.classes], np.int64)
+    return FileDataset(folder, found.paths, labels, names, found.left_out)
 
 
 def _load_list(image_list, data_dir):
     if not image_list:
         raise ValueError("--dataset=list needs a file. Pass --image_list=PATH.")
-    entries, class_names = read_list(image_list)
+    entries, class_names = lists.read_list(image_list)
     root = data_dir or os.path.dirname(os.path.abspath(image_list))
     paths = [os.path.join(root, path) for path, _ in entries]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [row for row, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{image_list} names {len(missing)} files that do not exist, of {len(paths)}; the "
-            f"first is {missing[0]}. Paths are relative to {root}: correct the list or --data_dir."
+            f"first is {shown(paths[missing[0]])}. Paths are relative to {shown(root)}: correct "
+            f"the list or --data_dir.{lists.explain_missing(entries[missing[0]][0], root)}"
         )
     labels = None
     if class_names:
@@ -287,72 +289,31 @@ def _load_list(image_list, data_dir):
     return FileDataset(image_list, tuple(paths), labels, class_names)
 
 
-def read_list(image_list: str) -> tuple[list[tuple[str, str | None]], tuple[str, ...]]:
-    """Reads (path, class name or None) a line of a list, and the class names in order.
-
-    Two forms: a path a line, optionally a tab and a class name behind it; and the lists of ISD's
-    unbalanced study ("class names : ", the names, "Train Images: ", then "/train/<class>/<file>").
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: for a list of neither form, or without images.
-    """
-    if not os.path.isfile(image_list):
-        raise FileNotFoundError(f"The list of images does not exist. Received: {image_list}.")
-    with open(image_list, encoding="utf-8") as file:
-        lines = [line.rstrip("\r\n") for line in file]
-    heads = [line.strip().lower().replace(" ", "").rstrip(":") for line in lines]
-    if "trainimages" in heads:
-        begin, end = (
-            heads.index("classnames") if "classnames" in heads else 0,
-            heads.index("trainimages"),
-        )
-        class_names = tuple(" ".join(lines[begin + 1 : end]).replace(",", " ").split())
-        # A leading slash means the root of ImageNet, not of the machine.
-        paths = [line.strip().lstrip("/") for line in lines[end + 1 :] if line.strip()]
-        entries = [(path, path.split("/")[-2] if "/" in path else None) for path in paths]
-        foreign = [path for path, name in entries if name not in class_names]
-        if foreign:
-            raise ValueError(
-                f"{image_list} lists images outside the classes that it names, for example "
-                f"{foreign[0]}. Expected /train/<class>/<file> with one of {len(class_names)} "
-                "classes."
-            )
-    else:
-        cells = [line.split("\t") for line in lines if line.strip()]
-        labelled = [len(cell) > 1 for cell in cells]
-        if any(labelled) and not all(labelled):
-            raise ValueError(
-                f"{image_list} has class names on {sum(labelled)} of {len(cells)} lines. Expected "
-                "a tab and a class name on every line, or on none."
-            )
-        entries = [(cell[0].strip(), cell[1].strip() if len(cell) > 1 else None) for cell in cells]
-        class_names = tuple(sorted({name for _, name in entries if name is not None}))
-    if not entries:
-        raise ValueError(f"{image_list} lists no image. Expected one path a line.")
-    return entries, class_names
-
-
 # -------------------------------------------------------------------------------------- TFDS
 
 
 def _load_tfds(name, train_split, test_split, data_dir):
+    import tensorflow_datasets as tfds
+
     known = ("photo_patches", "folder", "list")
+    names = [*known, *tfds.list_builders(with_community_datasets=False)]
+    # As people write them: CIFAR-10, Fashion MNIST.
+    plain = re.sub(r"[^a-z0-9_]", "", re.sub(r"[ -]+(?=[a-z])", "_", name.lower()))
+    close = difflib.get_close_matches(plain, names, n=5)
+    suggestion = f" Did you mean {', '.join(close)}?" if close else ""
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        names = [*known, *tfds.list_builders(with_community_datasets=False)]
-        close = difflib.get_close_matches(name, names, n=5)
         raise ValueError(
-            f"Unknown dataset. Received: {name!r}."
-            + (f" Did you mean {', '.join(close)}?" if close else "")
-            + f" Known are {', '.join(known)} and the {len(names) - len(known)} names of "
+            f"Unknown dataset. Received: {name!r}.{suggestion}"
+            f" Known are {', '.join(known)} and the {len(names) - len(known)} names of "
             f"TensorFlow Datasets, from {names[len(known)]} to {names[-1]}."
         ) from None
     except Exception as error:  # Whatever versions, configurations and namespaces raise.
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
             f"TensorFlow Datasets cannot open this dataset ({reason}). Received: {name!r}."
+            f"{suggestion}"
         ) from error
     if not _is_prepared(builder):
         _prepare(builder, data_dir)
@@ -385,6 +346,8 @@ def _is_prepared(builder):
 def _prepare(builder, data_dir):
     if builder.name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
         logging.info("Preparing fashion_mnist from Debian's package at %s.", DEBIAN_FASHION_MNIST)
+        import tensorflow_datasets as tfds
+
         with tfds.core.registered.skip_registration():
             # The class name is the folder's name, so that the official builder finds the files.
             local = type(type(builder).__name__, (_LocalFashionMNIST, type(builder)), {})
@@ -422,6 +385,8 @@ class _LocalFashionMNIST:
 
 
 def _open_split(builder, split):
+    import tensorflow_datasets as tfds
+
     features = builder.info.features
     image_key = next((k for k, f in features.items() if isinstance(f, tfds.features.Image)), None)
     if image_key is None:
@@ -466,6 +431,8 @@ def _open_split(builder, split):
 
 
 def _read_into_memory(builder, split, name, image_key, label_key, class_names):
+    import tensorflow_datasets as tfds
+
     examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
     images, labels = [], []
     for example in examples:

@@ -8,7 +8,6 @@ both. Patches are squares of 48 to 96 pixels, reduced to 32x32.
 import pathlib
 
 import numpy as np
-import skimage
 from PIL import Image
 
 PHOTOGRAPHS = (
@@ -76,6 +75,8 @@ def make_patches(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _open_photograph(name):
+    import skimage  # A second, and only here.
+
     path = pathlib.Path(skimage.__file__).parent / "data" / name
     if not path.exists():
         raise FileNotFoundError(

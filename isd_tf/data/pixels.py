@@ -116,6 +116,7 @@ TRANSPOSITIONS = {
 # Entries of Pillow's `info` that can hold the orientation; of TIFF Pillow itself sees to it.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 # ISO 14496-12 files, by the brand that follows "ftyp".
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # How images begin; what does not go on as it should is cut off or damaged.
@@ -371,12 +372,16 @@ def _require_size(width, height, max_pixels):
 
 
 def _decode_jpeg(encoded, max_pixels):
-    def segment(at, exif, height, width, components):
+    def segment(at, exif, xmp, height, width, components):
         marker = _number(encoded, at, 2, big_endian=True)
         with _require(marker >= 0xFF00, "Expected a marker in the JPEG's head."):
             length = _number(encoded, at + 2, 2, big_endian=True)
-        in_exif = (marker == 0xFFE1) & (_cut(encoded, at + 4, 6) == b"Exif\0\0")
-        exif = tf.cond(in_exif, lambda: exif + _cut(encoded, at + 10, length - 8), lambda: exif)
+        content = tf.cond(
+            marker == 0xFFE1, lambda: _cut(encoded, at + 4, length - 2), lambda: tf.constant(b"")
+        )
+        in_exif = _cut(content, 0, 6) == b"Exif\0\0"
+        exif = tf.where(in_exif, exif + _cut(content, 6, length), exif)
+        xmp = tf.where(_cut(content, 0, len(XMP_BEGIN)) == XMP_BEGIN, content, xmp)
         frame = (marker >= 0xFFC0) & (marker <= 0xFFCF)
         frame &= (marker != 0xFFC4) & (marker != 0xFFC8) & (marker != 0xFFCC)
         height, width, components = tf.cond(
@@ -391,13 +396,13 @@ def _decode_jpeg(encoded, max_pixels):
         # Bytes of 0xFF may fill the space before a marker. The scan's data end the head.
         step = tf.where(marker == 0xFFFF, tf.constant(1, tf.int64), length + 2)
         at = tf.where(marker == 0xFFDA, -at, at + step)
-        return at, exif, height, width, components
+        return at, exif, xmp, height, width, components
 
     zero = tf.constant(0, tf.int64)
-    at, exif, height, width, components = tf.while_loop(
+    _, exif, xmp, height, width, components = tf.while_loop(
         lambda at, *rest: at > 0,
         segment,
-        (tf.constant(2, tf.int64), tf.constant(b""), zero, zero, zero),
+        (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
     )
     grey_or_colour = _require(
         (components == 1) | (components == 3),
@@ -407,7 +412,7 @@ def _decode_jpeg(encoded, max_pixels):
     with grey_or_colour, _require_size(width, height, max_pixels):
         # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
         image = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
-    return image, _orientation_of(exif, _cut(encoded, 0, -at))
+    return image, _orientation_of(exif, xmp)
 
 
 def _decode_png(encoded, max_pixels):
@@ -593,7 +598,8 @@ def _orientation_in_exif(exif):
     """Of a TIFF's first directory the entry 0x0112; 0 where it is missing or unreadable."""
     exif = tf.strings.regex_replace(exif, r"^(?:Exif\x00\x00)+", "")
     data = tf.cast(tf.io.decode_raw(exif, tf.uint8), tf.int64)
-    little = _cut(exif, 0, 2) == b"II"
+    mark = _cut(exif, 0, 4)
+    little = mark == b"II*\0"
 
     def numbers(values):  # [..., n] bytes to [...]
         weights = 256 ** np.arange(values.shape[-1], dtype=np.int64)
@@ -619,4 +625,5 @@ def _orientation_in_exif(exif):
 
         return tf.cond(space > 0, read, lambda: tf.constant(0))
 
-    return tf.cond(tf.strings.length(exif) >= 8, first_directory, lambda: tf.constant(0))
+    valid = (little | (mark == b"MM\0*")) & (tf.strings.length(exif) >= 8)
+    return tf.cond(valid, first_directory, lambda: tf.constant(0))

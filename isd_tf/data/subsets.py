@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf.data import datasets
+from isd_tf.data import datasets, lists
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset
 
 # The lists of the paper's unbalanced study name so many large classes first.
@@ -176,7 +176,7 @@ def unbalance_by_list(train: Dataset, test: Dataset | None, image_list: str) -> 
         FileNotFoundError: for a missing list.
         ValueError: for another file, and for classes or images that the folder has not.
     """
-    entries, names = datasets.read_list(image_list)
+    entries, names = lists.read_list(image_list)
     if not isinstance(train, FileDataset) or train.labels is None:
         raise ValueError(
             f"{image_list} names files by class. Received: {train.name}, which is no folder of "

@@ -1,0 +1,206 @@
+"""Folders of images: which files are images, which subfolders are splits and classes."""
+
+import collections
+import os
+import re
+from typing import NamedTuple
+
+from absl import logging
+
+from isd_tf.data.pixels import image_suffixes
+
+# What systems and programs leave behind, in lower case; names that begin with a dot beside these.
+LEFT_BY_SYSTEMS = frozenset(
+    {
+        # Synology, QNAP and other network drives.
+        *("@eadir", "#recycle", "@recycle", "#snapshot", "@tmp", "network trash folder"),
+        # Windows, Linux, macOS.
+        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db"),
+        *("desktop.ini", "lost+found", "__macosx", "icon\r", "temporary items"),
+        # Picture managers and Python.
+        *("_thumbs", "_thumbnails", "__pycache__"),
+    }
+)
+# Names of splits, whatever their case; of several test splits the first is taken.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "validation", "valid", "val")
+# "train2017", "val_images" and the like are not taken for a split, but not for a class either.
+LOOKS_LIKE_A_SPLIT = re.compile(
+    r"(train|training|test|testing|validation|valid|val)([^a-z].*|images?|imgs?|set|data)?",
+    re.IGNORECASE,
+)
+
+
+class Found(NamedTuple):
+    """What lies below a folder."""
+
+    paths: tuple[str, ...]  # of images
+    classes: tuple[str, ...] | None  # of each image the subfolder that it is in; None: no classes
+    left_out: tuple[str, ...]  # paths of files that are not read for their suffix
+
+
+def find_splits(
+    root: str, train_split: str, test_split: str | None
+) -> tuple[str | None, str | None]:
+    """Returns the names of the subfolders to train on and to test on.
+
+    Args:
+        root: the folder.
+        train_split: as asked for; "train" stands for all of TRAIN_NAMES.
+        test_split: as asked for; None for the first of TEST_NAMES that there is.
+
+    Returns:
+        Both names. The first is None where nothing looks like a split, the second where there is
+        no test split.
+
+    Raises:
+        FileNotFoundError: for a split that there is not, or not under that name.
+    """
+    folders = _subfolders(root)
+    train = train_split if train_split in folders else None
+    if train is None and train_split == "train":
+        train = _only(root, folders, TRAIN_NAMES, "--train_split")
+    if train is None:
+        alike = [name for name in folders if LOOKS_LIKE_A_SPLIT.fullmatch(name)]
+        if train_split != "train" or test_split or alike:
+            raise FileNotFoundError(
+                f"The folder {root} has no subfolder {train_split!r} to train on"
+                + (f", but {_listed(alike)}, which look like parts of a dataset" if alike else "")
+                + ". Name the right ones by --train_split and --test_split, or give a folder that "
+                "holds training images only."
+            )
+        return None, None
+    if test_split is None:
+        for name in TEST_NAMES:
+            test_split = test_split or _only(root, folders, (name,), "--test_split")
+    elif test_split not in folders:
+        raise FileNotFoundError(
+            f"The test folder {os.path.join(root, test_split)} does not exist. {root} has the "
+            f"folders {_listed(folders)}. Correct --test_split."
+        )
+    known = (train, test_split, *TRAIN_NAMES, *TEST_NAMES)
+    unused = [name for name in folders if name not in known and name.lower() not in known]
+    if unused:
+        logging.warning(
+            "Of %s only %s are read. Beside them are: %s.",
+            shown(root),
+            " and ".join(shown(name) for name in (train, test_split) if name),
+            _listed(unused),
+        )
+    return train, test_split
+
+
+def _subfolders(root):
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not is_left_by_system(e.name))
+
+
+def _only(root, folders, names, flag):
+    """The folder with one of some names: in this case, or else the only one in another."""
+    exact = [name for name in folders if name in names]
+    found = exact or [name for name in folders if name.lower() in names]
+    if len(found) > 1:
+        raise FileNotFoundError(
+            f"The folder {root} has {_listed(found)}. Say by {flag} which of them is meant."
+        )
+    return found[0] if found else None
+
+
+def is_left_by_system(name: str) -> bool:
+    """Whether a file or folder is none of the user's."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def scan(folder: str, labelled: bool) -> Found:
+    """Lists the images below a folder, at any depth; its immediate subfolders are the classes.
+
+    Args:
+        folder: where to look. Linked folders are followed, but not in a circle.
+        labelled: whether subfolders are classes, which they are where no image lies beside them.
+
+    Raises:
+        ValueError: where there is no image, or where training and test images would be mixed.
+    """
+
+    def fail(error):
+        raise error
+
+    paths, left_out, empty, visited = [], [], [], set()
+    suffixes = image_suffixes()
+    for directory, subdirectories, files in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(directory) in visited:  # A link back up.
+            subdirectories.clear()
+            continue
+        visited.add(os.path.realpath(directory))
+        subdirectories[:] = sorted(name for name in subdirectories if not is_left_by_system(name))
+        for file in sorted(files):
+            if not is_left_by_system(file):
+                is_image = os.path.splitext(file)[1].lower() in suffixes
+                (paths if is_image else left_out).append(os.path.join(directory, file))
+        if directory == folder:
+            empty = list(subdirectories)
+    if not paths:
+        raise ValueError(
+            f"Found no image below {shown(folder)}, which holds "
+            f"{count_by_suffix(left_out) or 'no file at all'}. Expected names that end in .jpg, "
+            f".png or another of the {len(suffixes)} suffixes that Pillow reads."
+        )
+    tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    if not labelled:
+        _refuse_mixed_splits(folder, tops)
+        return Found(tuple(paths), None, tuple(left_out))
+    beside = [parts[0] for parts in tops if len(parts) == 1]
+    if beside and len(beside) < len(paths):
+        logging.warning(
+            "%s holds %d images beside its subfolders, such as %s: no image is taken as labelled.",
+            shown(folder),
+            len(beside),
+            shown(beside[0]),
+        )
+    classes = [parts[0] for parts in tops]
+    empty = sorted(set(empty) - set(classes))
+    if empty:
+        logging.warning("Without an image, so no class of %s: %s.", shown(folder), _listed(empty))
+    return Found(tuple(paths), None if beside else tuple(classes), tuple(left_out))
+
+
+def _refuse_mixed_splits(folder, tops):
+    """Raises where a folder deeper down holds both training and test images."""
+    inside = collections.defaultdict(set)
+    for parts in tops:
+        for depth, name in enumerate(parts[:-1]):
+            if match := LOOKS_LIKE_A_SPLIT.fullmatch(name):
+                is_train = match[1].lower() in TRAIN_NAMES
+                inside[os.path.join(folder, *parts[:depth])].add((is_train, name))
+    for parent, splits in inside.items():
+        if len({is_train for is_train, _ in splits}) == 2:
+            names = [name for _, name in sorted(splits, reverse=True)]
+            raise ValueError(
+                f"{shown(folder)} has no train folder, but {shown(parent)} has {_listed(names)}, "
+                f"which would be trained on together. Pass --data_dir={shown(parent)}, or a "
+                "folder that holds training images only."
+            )
+
+
+def count_by_suffix(paths: list[str] | tuple[str, ...]) -> str:
+    """Tells how many files end in what, for example "15 files: 10 .txt, 5 without suffix"."""
+    if not paths:
+        return ""
+    suffixes = collections.Counter(os.path.splitext(path)[1].lower() for path in paths)
+    parts = []
+    for suffix, count in sorted(suffixes.items(), key=lambda item: (-item[1], item[0])):
+        hint = " (pip install pillow-heif)" if suffix in (".heic", ".heif") else ""
+        parts.append(f"{count} {shown(suffix) or 'without suffix'}{hint}")
+    more = f", {len(parts) - 8} other kinds" if len(parts) > 8 else ""
+    files = "file" if len(paths) == 1 else "files"
+    return f"{len(paths)} {files}: {', '.join(parts[:8])}{more}"
+
+
+def shown(name: str) -> str:
+    """A name as text: what is not printable, or no UTF-8, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _listed(names):
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(shown(name) for name in names[:5]) + more
