@@ -130,6 +130,8 @@ def pretraining_batches(
     batches = _map(batches, two_views)
     options = tf.data.Options()
     options.deterministic = True
+    # Parallel over images: threads inside an operation would wait for each other.
+    options.threading.max_intra_op_parallelism = 1
     batches = batches.with_options(options)
     if data_service:
         # Every trainer takes from the same job, whose batches the service's workers make. Where a
