@@ -1,3 +1,4 @@
+import time
 import types
 
 import keras
@@ -14,19 +15,27 @@ from isd_tf.training import monitoring
 def fit():
     """Fits a small model for 2 epochs of 3 steps; returns its history and every step's loss."""
 
-    def run(*callbacks):
+    def run(*callbacks, late=None):
         encoder = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
         model = isd_tf.ISD(encoder, None, None, queue_size=16, student_temperature=0.1)
         model.compile(isd_tf.TorchSGD(0.5))
         views = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
         batches = tf.data.Dataset.from_tensor_slices({"teacher_view": views, "student_view": views})
+        batches = batches.batch(4)
+        if late:
+
+            def deliver(step, batch):
+                tf.numpy_function(lambda step: time.sleep(late(step)), [step], [])
+                return batch
+
+            batches = batches.enumerate().map(deliver)
         losses = []
         record = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs: losses.append(logs["loss"])
         )
         history = keras.callbacks.History()
         model.fit(
-            batches.batch(4),
+            batches,
             epochs=2,
             verbose=0,
             shuffle=False,
@@ -50,6 +59,31 @@ def test_throughput_counts_the_images_of_the_steps_after_compilation(fit, monkey
     history, _ = fit(monitoring.Throughput(global_batch_size=4))
     # A second passes at each look at the clock: 2 steps in 3 seconds, then 3 steps in 4.
     np.testing.assert_allclose(history["images_per_second"], [8 / 3, 12 / 4])
+    assert "waiting_seconds" not in history
+
+
+def test_the_share_of_waiting_is_told(monkeypatch):
+    """Logs as of a step that waited 0.25 s, on a clock that a step takes a second of."""
+    now = [0.0]
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    throughput = monitoring.Throughput(global_batch_size=4)
+    throughput.on_train_begin()
+    throughput.on_epoch_begin(0)
+    for batch in range(5):
+        now[0] += 1
+        logs = {"waiting_seconds": 99.0 if batch == 0 else 0.25}  # The first step compiles.
+        throughput.on_train_batch_end(batch, logs)
+    assert logs == {"images_per_second": 4.0, "waiting_share": 0.25}
+
+
+def test_a_step_measures_how_long_it_waited_for_its_batch(fit):
+    """Of three batches the third comes late."""
+    seconds = []
+    record = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seconds.append(logs["waiting_seconds"])
+    )
+    fit(record, late=lambda step: 0.5 if step == 2 else 0.0)
+    assert seconds[2] >= 0.4 > np.median(seconds)
 
 
 def test_progress_without_a_terminal_prints_lines_and_each_epochs_means(fit, capsys):

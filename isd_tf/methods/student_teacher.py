@@ -175,7 +175,8 @@ class StudentTeacher(keras.Model):
         """Keras' hook: one call takes `steps_per_execution` steps and returns their mean logs.
 
         In place of Keras' own, which fails on several workers (keras-team/keras#20585), and with
-        more than one step an execution on several replicas.
+        more than one step an execution on several replicas. To the logs of `train_step` it adds
+        "waiting_seconds", how long a step waited for its batch.
         """
         if self.train_function is not None and not force:
             return self.train_function
@@ -192,8 +193,14 @@ class StudentTeacher(keras.Model):
             return distribution.mean_over_replicas(vector)
 
         def one_step(iterator):
-            vectors = strategy.run(replica_step, args=(next(iterator),))
-            return strategy.experimental_local_results(vectors)[0]
+            asked = tf.timestamp()
+            with tf.control_dependencies([asked]):
+                batch = next(iterator)
+            with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+                waited = tf.timestamp() - asked
+            vectors = strategy.run(replica_step, args=(batch,))
+            vector = strategy.experimental_local_results(vectors)[0]
+            return tf.concat([vector, [tf.cast(waited, vector.dtype)]], axis=0)
 
         def train_function(iterator):
             total = one_step(iterator)
@@ -201,7 +208,7 @@ class StudentTeacher(keras.Model):
                 for _ in tf.range(steps - 1):
                     total += one_step(iterator)
                 total /= steps
-            return dict(zip(names, tf.unstack(total), strict=True))
+            return dict(zip([*names, "waiting_seconds"], tf.unstack(total), strict=True))
 
         if not self.run_eagerly:
             train_function = tf.function(train_function, reduce_retracing=True)

@@ -65,8 +65,10 @@ class Progress(keras.callbacks.Callback):
             self._bar.update(step, values, finalize=step == steps)
         elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
+            waiting = logs.get("waiting_share", 0.0)
             print(
-                f"  step {step} of {steps}: loss {logs['loss']:.4f}, {rate:.0f} images/s",
+                f"  step {step} of {steps}: loss {logs['loss']:.4f}, {rate:.0f} images/s, "
+                f"{waiting:.0%} of the time waiting for data",
                 flush=True,
             )
 
@@ -77,9 +79,10 @@ class Progress(keras.callbacks.Callback):
 
 
 class Throughput(keras.callbacks.Callback):
-    """Adds "images_per_second" to the logs, over the steps of the present epoch.
+    """Adds "images_per_second" and "waiting_share" to the logs, over the steps of this epoch.
 
-    The first step of a call to `fit`, which compiles, is not counted.
+    The share is that of the time in which a step waits for its batch: what faster reading would
+    save. The first step of a call to `fit`, which compiles, is not counted.
 
     Args:
         global_batch_size: images a step.
@@ -94,22 +97,29 @@ class Throughput(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start, self._first_step, self._step = time.monotonic(), 0, 0
+        self._waited = 0.0
 
     def on_train_batch_end(self, batch, logs=None):
-        self._step = batch + 1
+        steps, self._step = batch + 1 - self._step, batch + 1
+        waited = steps * float(logs.pop("waiting_seconds"))
         if self._uncompiled:
             self._uncompiled = False
             self._start, self._first_step = time.monotonic(), self._step
         else:
-            logs["images_per_second"] = self._rate()
+            self._waited += waited
+            self._tell(logs)
 
     def on_epoch_end(self, epoch, logs=None):
+        logs.pop("waiting_seconds")
         if self._step > self._first_step:
-            logs["images_per_second"] = self._rate()
+            self._tell(logs)
 
-    def _rate(self):
-        images = (self._step - self._first_step) * self.global_batch_size
-        return images / max(time.monotonic() - self._start, 1e-9)
+    def _tell(self, logs):
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        logs["images_per_second"] = (
+            (self._step - self._first_step) * self.global_batch_size / seconds
+        )
+        logs["waiting_share"] = self._waited / seconds
 
 
 class CheckReplicas(keras.callbacks.Callback):
