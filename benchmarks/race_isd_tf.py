@@ -7,6 +7,7 @@ import tensorflow as tf
 import isd_tf
 from isd_tf.evaluation import features, knn
 from isd_tf.networks.heads import HEADS
+from isd_tf.views import augment
 
 # More than stands ready in the pipeline when its turn comes.
 PREPARED_BATCHES = 10
@@ -95,7 +96,7 @@ def pairs(sizes, folder):
 
 def finished(batch):
     """Both views of a batch of `pretraining_batches` as a training step sees them."""
-    return batch["teacher_view"], batch["student_view"]
+    return augment.finish(batch["teacher_view"]), augment.finish(batch["student_view"])
 
 
 if __name__ == "__main__":
