@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
-from isd_tf.data.decoding import Unreadable, decode_first_readable
-from isd_tf.data.pixels import decode
+from isd_tf.data.decoding import UNREADABLE_IN_SERVICE, Unreadable, open_first_readable
+from isd_tf.data.pixels import decode, graph_formats, read_file
 from isd_tf.views import augment, crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
@@ -27,6 +27,8 @@ STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
 # An unreadable record of a stream gives way to the readable one among so many that follow.
 STREAM_CANDIDATES = 4
+# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
+TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
@@ -336,16 +338,16 @@ def _in_own_order(dataset, look, unreadable, batch_size):
         return _map(firsts, look_at_batch)
 
     if isinstance(dataset, FileDataset):
-        paths, read = _paths(dataset), tf.io.read_file
+        paths = _paths(dataset)
         sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
     else:
         records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-        sources, read = _map(records, functools.partial(_source_of_record, dataset)), tf.identity
+        sources = _map(records, functools.partial(_source_of_record, dataset))
 
     def look_at_group(numbers, group):  # [n], three of [n]
         candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
         draws = look.draws(numbers)
-        seen, labels, readable = _look_at_group(look, draws, candidate, read, 1, unreadable)
+        seen, labels, readable = _look_at_group(look, draws, candidate, dataset, 1, unreadable)
         return tf.nest.map_structure(
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
@@ -353,35 +355,42 @@ def _in_own_order(dataset, look, unreadable, batch_size):
     return _map(sources.enumerate().batch(GROUP), look_at_group)
 
 
-def _look_at_group(look, draws, candidate, read, attempts, unreadable):
+def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
     """What is seen of a few images.
 
     Args:
         look, draws: `look.draws` of n places.
         candidate: which of the n, and the number of an attempt, to a source, a name and a label.
-        read, attempts, unreadable: as in `decode_first_readable`.
+        dataset: of the images. A source is a path, if it is of files, or else the file itself.
+        attempts, unreadable: as in `open_first_readable`; unreadable is None where this runs in a
+            data service's worker, which has no Python: there every image must be readable.
 
     Returns:
         For each view uint8 [n, S, S, 3], labels [n], and bool [n]: whether any could be read.
     """
+    is_file = isinstance(dataset, FileDataset)
+    formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
     count = tf.shape(draws, out_type=tf.int64)[0]
     empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
+    first = tf.constant(0, tf.int64)
 
     def look_at(i):
-        source, _, label = candidate(i, tf.constant(0, tf.int64))
-        seen = look(decode(read(source))[tf.newaxis], draws[i][tf.newaxis])
+        source, _, label = candidate(i, first)
+        image = decode(tf.io.read_file(source) if is_file else source, formats=formats)
+        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
         return tuple(x[0] for x in seen), label
 
-    # All at once, and if one fails, each by itself. A graph has no exceptions to catch; a dataset
+    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
-    at_once = tf.data.Dataset.range(count).map(_as_it_stands(look_at))
-    at_once = at_once.batch(count, drop_remainder=True).ignore_errors()
+    at_once = tf.data.Dataset.range(count).map(_as_it_stands(look_at)).batch(count, True)
     nothing = tf.data.Dataset.from_tensors((empty, tf.zeros([0], tf.int64)))
-    seen, labels = at_once.concatenate(nothing).take(1).get_single_element()
+    readable = at_once.ignore_errors().concatenate(nothing).take(1)
+    seen, labels = readable.get_single_element()
 
     def look_at_first_readable(i):
+        read = read_file if is_file else bytes
         of_image = functools.partial(candidate, i)
-        image, label = decode_first_readable(of_image, read, attempts, unreadable)
+        image, label = open_first_readable(of_image, read, attempts, unreadable)
         readable = tf.size(image) > 0
         seen = tf.cond(
             readable,
@@ -390,11 +399,17 @@ def _look_at_group(look, draws, candidate, read, attempts, unreadable):
         )
         return tuple(x[0] for x in seen), label, readable
 
-    types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
+    def each():
+        if unreadable is None:
+            names = tf.map_fn(lambda i: candidate(i, first)[1], tf.range(count), tf.string)
+            message = [UNREADABLE_IN_SERVICE, tf.strings.reduce_join(names, separator=", ")]
+            with tf.control_dependencies([tf.debugging.Assert(False, message, summarize=-1)]):
+                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
+        types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
+        return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
+
     seen, labels, readable = tf.cond(
-        tf.size(labels) > 0,
-        lambda: (seen, labels, tf.fill([count], True)),
-        lambda: tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types),
+        tf.size(labels) > 0, lambda: (seen, labels, tf.fill([count], True)), each
     )
     seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
     return seen, tf.ensure_shape(labels, [None]), tf.ensure_shape(readable, [None])
@@ -490,7 +505,7 @@ def _file_images(dataset, order, look, unreadable):
 
         draws, count = look.draws(places), len(dataset)
         # When none can be read, `unreadable` ends the run.
-        seen, chosen, _ = _look_at_group(look, draws, candidate, tf.io.read_file, count, unreadable)
+        seen, chosen, _ = _look_at_group(look, draws, candidate, dataset, count, unreadable)
         return places, seen, chosen
 
     return _map(order.steps.flat_map(places_of), look_at_group)
@@ -531,7 +546,7 @@ def _record_images(dataset, order, look, unreadable):
             return _source_of_record(dataset, *(part[i, attempt] for part in group))
 
         seen, labels, readable = _look_at_group(
-            look, look.draws(places), candidate, tf.identity, STREAM_CANDIDATES, unreadable
+            look, look.draws(places), candidate, dataset, STREAM_CANDIDATES, unreadable
         )
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):

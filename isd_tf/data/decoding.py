@@ -1,8 +1,7 @@
-"""Encoded images to pixels, and what happens to those that cannot be read.
+"""What happens to images that TensorFlow's graph cannot decode, and to those that nobody can.
 
-Decoding runs in TensorFlow's graph. Where it fails, Pillow has a second try (it reads a few rare
-forms that TensorFlow does not); what neither can read is replaced by the next candidate, counted
-and named in the log, so that no later batch shifts.
+Pillow has a second try (it reads forms that the graph refuses); what it cannot read is replaced by
+the next candidate, counted and named in the log, so that no later batch shifts.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.data.pixels import decode, open_image
+from isd_tf.data.pixels import open_image
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
@@ -75,66 +74,40 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         raise
 
 
-def decode_first_readable(
+def open_first_readable(
     candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
-    read: Callable[[tf.Tensor], tf.Tensor],
+    read: Callable[[bytes], bytes],
     attempts: int,
-    unreadable: Unreadable | None,
+    unreadable: Unreadable,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes the first candidate that can be read.
+    """Opens the first candidate that can be read by Pillow, which reads more than a graph does.
 
     Args:
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read: source to encoded bytes; may fail, as decoding may.
+        read: source to encoded bytes; may fail, as opening may.
         attempts: how many candidates there are.
-        unreadable: where failures are reported; None where this runs in another process, which
-            can only fail at the first.
+        unreadable: where failures are reported.
 
     Returns:
         The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
-    if unreadable is None:
-        source, name, label = candidate(tf.constant(0, tf.int64))
-        image = _decode_or_empty(source, read)
-        message = [UNREADABLE_IN_SERVICE, name]
-        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, message)]):
-            return tf.identity(image), label
 
-    def attempt(number):
-        source, name, label = candidate(number)
-        image = _decode_or_empty(source, read)
-        image = tf.cond(
-            tf.size(image) > 0,
-            lambda: image,
-            lambda: _decode_by_pillow(source, read, name, unreadable),
-        )
-        return number + 1, image, label
-
-    # The first attempt stands outside the loop: almost always it is the only one.
-    state = attempt(tf.constant(0, tf.int64))
-    _, image, label = tf.while_loop(
-        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
-        lambda number, image, label: attempt(number),
-        state,
-        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
-    )
-    return image, label
-
-
-def _decode_or_empty(source, read):
-    # A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
-    image = tf.data.Dataset.from_tensors(source).map(lambda x: decode(read(x))).ignore_errors()
-    empty = tf.data.Dataset.from_tensors(tf.zeros([0, 0, 3], tf.uint8))
-    return image.concatenate(empty).take(1).get_single_element()
-
-
-def _decode_by_pillow(source, read, name, unreadable):
-    def decode_or_report(source, name):
+    def open_or_report(source, name):
         try:
-            return np.asarray(open_image(read(tf.constant(source)).numpy()))
+            return np.asarray(open_image(read(source)))
         except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
             unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
             return np.zeros([0, 0, 3], np.uint8)
 
-    image = tf.numpy_function(decode_or_report, [source, name], tf.uint8, stateful=True)
-    return tf.ensure_shape(image, [None, None, 3])
+    def attempt(number):
+        source, name, label = candidate(number)
+        image = tf.numpy_function(open_or_report, [source, name], tf.uint8, stateful=True)
+        return number + 1, tf.ensure_shape(image, [None, None, 3]), label
+
+    _, image, label = tf.while_loop(
+        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
+        lambda number, image, label: attempt(number),
+        (tf.constant(0, tf.int64), tf.zeros([0, 0, 3], tf.uint8), tf.constant(-1, tf.int64)),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
+    )
+    return image, label

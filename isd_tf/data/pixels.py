@@ -11,6 +11,7 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
@@ -22,6 +23,14 @@ MAX_PIXELS = 178_956_970
 WHITE = (255, 255, 255)
 # What Pillow opens that is no picture, or that it hands to other programs.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# What `decode` reads, and how names of such files end.
+GRAPH_FORMATS = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "PNG": {".png"},
+    "WebP": {".webp"},
+    "GIF": {".gif"},
+    "BMP": {".bmp"},
+}
 # A 16-bit file whose values all stay below 2**12 holds 12 bits, as many cameras give.
 TWELVE_BITS = 4096
 
@@ -116,11 +125,12 @@ TRANSPOSITIONS = {
 # Entries of Pillow's `info` that can hold the orientation; of TIFF Pillow itself sees to it.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 # ISO 14496-12 files, by the brand that follows "ftyp".
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # How images begin; what does not go on as it should is cut off or damaged.
-SIGNATURES = (JPEG_BEGIN, b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+SIGNATURES = (JPEG_BEGIN, PNG_BEGIN, b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 @functools.cache
@@ -286,7 +296,11 @@ def _beginning(encoded):
 
 
 @tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it takes seconds.
-def decode(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
+def decode(
+    encoded: tf.Tensor,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = tuple(GRAPH_FORMATS),
+) -> tf.Tensor:
     """Decodes JPEG, PNG, WebP, GIF or BMP in a graph, to the pixels that `open_image` gives.
 
     It fails, by an error of TensorFlow, for what is broken or too large, for other formats, and
@@ -296,30 +310,51 @@ def decode(encoded: tf.Tensor, max_pixels: int = MAX_PIXELS) -> tf.Tensor:
     Args:
         encoded: a string scalar.
         max_pixels: width times height that is still decoded.
+        formats: those that are expected: it fails for others too. TensorFlow takes half a second
+            for each, whenever a pipeline starts.
 
     Returns:
         uint8 [H, W, 3].
     """
+    return _decoder(max_pixels, formats)(encoded)
 
+
+def graph_formats(paths: Iterable[str]) -> tuple[str, ...]:
+    """Which of `decode`'s formats files should have by their names."""
+    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
+    return tuple(name for name, own in GRAPH_FORMATS.items() if suffixes & own)
+
+
+@functools.cache
+def _decoder(max_pixels, formats):
+    """`decode` as a function that is traced once: there is much of it, and many pipelines."""
+
+    def decode_once(encoded):
+        return _decode(encoded, max_pixels, formats)
+
+    signature = [tf.TensorSpec([], tf.string)]
+    return tf.function(decode_once, input_signature=signature, autograph=False)
+
+
+def _decode(encoded, max_pixels, formats):
     def starts(prefix, at=0):
         return _cut(encoded, at, len(prefix)) == prefix
 
     def other():
-        fail = tf.debugging.Assert(False, ["Expected JPEG, PNG, WebP, GIF or BMP."])
+        fail = tf.debugging.Assert(False, [f"Expected one of {', '.join(formats)}."])
         with tf.control_dependencies([fail]):
             return tf.zeros([0, 0, 3], tf.uint8), tf.constant(1)
 
+    kinds = {
+        "JPEG": (lambda: starts(JPEG_BEGIN), lambda: _decode_jpeg(encoded, max_pixels)),
+        "PNG": (lambda: starts(PNG_BEGIN), lambda: _decode_png(encoded, max_pixels)),
+        "WebP": (lambda: starts(b"WEBP", 8), lambda: _decode_webp(encoded, max_pixels)),
+        "GIF": (lambda: starts(b"GIF8"), lambda: _decode_gif(encoded, max_pixels)),
+        "BMP": (lambda: starts(b"BM"), lambda: _decode_bmp(encoded, max_pixels)),
+    }
     empty = tf.strings.length(encoded) < 16
-    kinds = [
-        (empty, other),
-        (lambda: starts(JPEG_BEGIN), lambda: _decode_jpeg(encoded, max_pixels)),
-        (lambda: starts(b"\x89PNG\r\n\x1a\n"), lambda: _decode_png(encoded, max_pixels)),
-        (lambda: starts(b"WEBP", 8), lambda: _decode_webp(encoded, max_pixels)),
-        (lambda: starts(b"GIF8"), lambda: _decode_gif(encoded, max_pixels)),
-        (lambda: starts(b"BM"), lambda: _decode_bmp(encoded, max_pixels)),
-    ]
     result = other
-    for condition, branch in reversed(kinds):
+    for condition, branch in [(empty, other), *(kinds[name] for name in formats)][::-1]:
         result = functools.partial(_choose, condition, branch, result)
     image, orientation = result()
     upright = tf.switch_case(

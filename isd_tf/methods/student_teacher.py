@@ -176,12 +176,15 @@ class StudentTeacher(keras.Model):
 
         In place of Keras' own, which fails on several workers (keras-team/keras#20585), and with
         more than one step an execution on several replicas. To the logs of `train_step` it adds
-        "waiting_seconds", how long a step waited for its batch.
+        "waiting_seconds", how long a step waited for its batch, except under TensorFlow's op
+        determinism, which tells no time.
         """
         if self.train_function is not None and not force:
             return self.train_function
         strategy, steps = self.distribute_strategy, self.steps_per_execution
         names = []
+        timed = not tf.config.experimental.is_op_determinism_enabled()
+        now = tf.timestamp if timed else lambda: tf.constant(0.0, tf.float64)
 
         # AutoGraph would search the step's source for loops, which takes seconds; it has none.
         @tf.autograph.experimental.do_not_convert
@@ -193,11 +196,11 @@ class StudentTeacher(keras.Model):
             return distribution.mean_over_replicas(vector)
 
         def one_step(iterator):
-            asked = tf.timestamp()
+            asked = now()
             with tf.control_dependencies([asked]):
                 batch = next(iterator)
             with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-                waited = tf.timestamp() - asked
+                waited = now() - asked
             vectors = strategy.run(replica_step, args=(batch,))
             vector = strategy.experimental_local_results(vectors)[0]
             return tf.concat([vector, [tf.cast(waited, vector.dtype)]], axis=0)
@@ -208,7 +211,8 @@ class StudentTeacher(keras.Model):
                 for _ in tf.range(steps - 1):
                     total += one_step(iterator)
                 total /= steps
-            return dict(zip([*names, "waiting_seconds"], tf.unstack(total), strict=True))
+            logs = dict(zip([*names, "waiting_seconds"], tf.unstack(total), strict=True))
+            return logs if timed else {name: logs[name] for name in names}
 
         if not self.run_eagerly:
             train_function = tf.function(train_function, reduce_retracing=True)

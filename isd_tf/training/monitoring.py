@@ -1,6 +1,7 @@
 """Callbacks that only watch: means, throughput, progress, the TensorBoard log."""
 
 import contextlib
+import math
 import os
 import sys
 import textwrap
@@ -101,7 +102,7 @@ class Throughput(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         steps, self._step = batch + 1 - self._step, batch + 1
-        waited = steps * float(logs.pop("waiting_seconds"))
+        waited = steps * float(logs.pop("waiting_seconds", float("nan")))
         if self._uncompiled:
             self._uncompiled = False
             self._start, self._first_step = time.monotonic(), self._step
@@ -110,7 +111,7 @@ class Throughput(keras.callbacks.Callback):
             self._tell(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        logs.pop("waiting_seconds")
+        logs.pop("waiting_seconds", None)
         if self._step > self._first_step:
             self._tell(logs)
 
@@ -119,7 +120,8 @@ class Throughput(keras.callbacks.Callback):
         logs["images_per_second"] = (
             (self._step - self._first_step) * self.global_batch_size / seconds
         )
-        logs["waiting_share"] = self._waited / seconds
+        if not math.isnan(self._waited):
+            logs["waiting_share"] = self._waited / seconds
 
 
 class CheckReplicas(keras.callbacks.Callback):
