@@ -58,7 +58,7 @@ class TorchSGD(keras.optimizers.Optimizer):
             accum=buffer.handle,
             lr=tf.cast(learning_rate, variable.dtype),
             grad=gradient + self.coupled_weight_decay * variable,
-            momentum=tf.cast(self.sgd_momentum, variable.dtype),
+            momentum=tf.constant(self.sgd_momentum, variable.dtype),
         )
 
     def get_config(self):
