@@ -4,7 +4,6 @@ from scipy import signal
 
 import isd_tf
 from isd_tf.networks import heads
-from isd_tf.networks.batch_norm import GroupedBatchNormalization
 
 
 @pytest.mark.parametrize(
@@ -39,6 +38,16 @@ def test_strided_convolution_pads_symmetrically():
     padded = np.pad(image[0], [(3, 3), (3, 3), (0, 0)])
     full = sum(signal.correlate2d(padded[..., c], kernel[..., c], "valid") for c in range(3))
     np.testing.assert_allclose(ours, full[::2, ::2], atol=1e-4)
+
+
+def test_convolution_of_stride_1_pads_symmetrically_without_a_layer():
+    encoder = isd_tf.build_encoder("resnet18", 32, width=8)
+    assert not any("layer1" in layer.name and "pad" in layer.name for layer in encoder.layers)
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    convolution = encoder.get_layer("conv1")
+    kernel = convolution.kernel.numpy()[..., 5]
+    expected = sum(signal.correlate2d(image[0, ..., c], kernel[..., c], "same") for c in range(3))
+    np.testing.assert_allclose(convolution(image)[0, ..., 5], expected, atol=1e-5)
 
 
 def test_small_images_keep_their_resolution_in_the_stem():
@@ -93,18 +102,3 @@ def test_unknown_encoder_lists_the_known_ones():
         isd_tf.build_encoder("resnet18", 4)
     with pytest.raises(ValueError, match="30 features"):
         heads.isd_plus_heads(30)
-
-
-def test_groups_are_normalised_each_by_itself_and_their_mean_is_remembered():
-    layer = GroupedBatchNormalization(3, momentum=0.9, epsilon=1e-5)
-    x = np.random.default_rng(0).normal(2.0, 3.0, size=(12, 5, 5, 4)).astype(np.float32)
-    y = layer(x, training=True).numpy()
-    parts = x.reshape(3, 4, 5, 5, 4).astype(np.float64)
-    mean, variance = (f(parts, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
-    expected = ((parts - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    np.testing.assert_allclose(layer.moving_mean, 0.1 * mean.mean(axis=0).ravel(), rtol=1e-5)
-    moved = 0.9 + 0.1 * variance.mean(axis=0).ravel()
-    np.testing.assert_allclose(layer.moving_variance, moved, rtol=1e-5)
-    with pytest.raises(ValueError, match="3 groups share a batch evenly.*a batch of 10"):
-        layer(x[:10], training=True)

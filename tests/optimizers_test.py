@@ -11,15 +11,15 @@ def test_steps_equal_pytorchs_formula_across_a_drop_of_the_rate(float64):
     weight = random.normal(size=(4, 3))
     gradients = random.normal(size=(6, 4, 3))
     variable = keras.Variable(weight)
-    optimizer = TorchSGD(DropsByEpoch(0.1, [2], 0.2, steps_per_epoch=3), 0.9, 0.01)
+    optimizer = TorchSGD(DropsByEpoch(0.125, [2], 0.25, steps_per_epoch=3), 0.9, 0.01)
 
     buffer = np.zeros_like(weight)
     for step, gradient in enumerate(gradients):
         optimizer.apply_gradients([(keras.ops.convert_to_tensor(gradient), variable)])
         buffer = 0.9 * buffer + gradient + 0.01 * weight
-        weight = weight - (0.1 if step < 3 else 0.02) * buffer
-        # The schedule computes in float32.
-        np.testing.assert_allclose(variable.numpy(), weight, rtol=1e-6)
+        weight = weight - (0.125 if step < 3 else 0.03125) * buffer
+        # Rates are powers of two, as the schedule computes in float32.
+        np.testing.assert_allclose(variable.numpy(), weight, rtol=1e-12)
 
 
 def test_config_makes_the_same_optimizer():

@@ -93,12 +93,14 @@ class _ResNetLayers:
         self.groups = groups
 
     def convolution(self, x, channels, kernel, stride, name):
-        if kernel > 1:
+        if kernel > 1 and stride > 1:
             x = layers.ZeroPadding2D(kernel // 2, name=f"{name}_pad")(x)
         return layers.Conv2D(
             channels,
             kernel,
             stride,
+            # Symmetric where the stride is 1, and without the copy that explicit padding makes.
+            padding="same" if stride == 1 else "valid",
             use_bias=False,
             # N(0, sqrt(2 / (kernel * kernel * channels)))
             kernel_initializer=keras.initializers.VarianceScaling(

@@ -1,6 +1,7 @@
 """The reference's optimizer: PyTorch's SGD, which Keras' SGD is not."""
 
 import keras
+import tensorflow as tf
 
 
 @keras.saving.register_keras_serializable("isd_tf")
@@ -50,10 +51,15 @@ class TorchSGD(keras.optimizers.Optimizer):
         self.buffers = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient, variable, learning_rate):
-        buffer = self.buffers[self._get_variable_index(variable)]
-        gradient = gradient + self.coupled_weight_decay * variable
-        self.assign(buffer, self.sgd_momentum * buffer + gradient)
-        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * buffer)
+        buffer = self.buffers[self._get_variable_index(variable)].value
+        # One kernel, which keeps the rate out of the buffer as PyTorch does.
+        tf.raw_ops.ResourceApplyMomentum(
+            var=variable.handle,
+            accum=buffer.handle,
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=gradient + self.coupled_weight_decay * variable,
+            momentum=tf.constant(self.sgd_momentum, variable.dtype),
+        )
 
     def get_config(self):
         mine = dict(sgd_momentum=self.sgd_momentum, coupled_weight_decay=self.coupled_weight_decay)
