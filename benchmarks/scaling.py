@@ -98,7 +98,7 @@ def passing_bytes(net: Sizes, queue: int, dimension: int, batch: int, side: int,
                   batch_norm: str) -> dict[str, int]:  # fmt: skip
     """Bytes of what a replica holds for a while in each step, without activations."""
     own = batch // replicas
-    images = 12 * side * side  # float32, one view
+    crop, seed, view = 3 * side**2, 16, 12 * side**2  # uint8, two int64, float32
     streamed = own * queue >= losses.STREAMED_FROM
     gathers = replicas > 1 and batch_norm == "shuffled"
     return {
@@ -107,9 +107,10 @@ def passing_bytes(net: Sizes, queue: int, dimension: int, batch: int, side: int,
         "anchors as read": 4 * queue * dimension,
         # About seven at a time, by benchmarks/kl.py's 896 MB; streamed, 74 MB at b = 256.
         "similarities": 290_000 * own if streamed else 7 * 4 * own * queue,
-        "views": 2 * images * own,
+        "crops and seeds": 2 * (crop + seed) * own,
+        "views": 2 * view * own,
         # What arrives, put together, sorted by replica, and this replica's part of it.
-        "images gathered": images * (3 * batch + own) if gathers else 0,
+        "crops gathered": (crop + seed) * (3 * batch + own) if gathers else 0,
     }
 
 
@@ -132,7 +133,8 @@ def messages(
     if labelled:
         told["labels"] = ("gather", 1, 8 * batch)
     if shuffled:
-        told["images"] = ("gather", 1, 12 * side * side * batch)
+        told["images"] = ("gather", 1, 3 * side**2 * batch)  # The host's crops, uint8.
+        told["seeds"] = ("gather", 1, 16 * batch)
     if batch_norm == "synchronized":
         # Forward sum, sum of squares and count; backward, by the student, two of them.
         count = 3 * sum(net.norms) + 2 * net.norms[0]
@@ -158,7 +160,9 @@ class Machines(NamedTuple):
     matmul: float = 5e13  # operations a second of float32 matrix products (TF32)
 
 
-PAIRS_PER_CORE = 163 / 2  # README.md: benchmarks/views.py on 2 cores
+# Two 224x224 crops from a JPEG: docs/performance.md, make benchmark ONLY=views_224_host.
+PAIRS_PER_CORE = 350
+VIEW_PASSES = 20  # over float32 views on the device, about: docs/performance.md, section 4
 IMAGES = 1_281_167  # of ImageNet's train split
 IMAGE_BYTES = 110_000  # an ImageNet JPEG, on average
 GPUS_PER_MACHINE = 8
@@ -181,6 +185,7 @@ def step_seconds(
     compute = own / machines.supervised * (3 * student + teacher) / (3 * student)
     products, reads = (4, 2) if own * queue >= losses.STREAMED_FROM else (3, 3)
     parts = {
+        "views": VIEW_PASSES * 2 * 12 * side**2 * own / machines.memory,
         "networks": compute,
         # Copied once, then read by each product.
         "queue and KL": (2 + reads) * rows / machines.memory
@@ -266,7 +271,7 @@ def tables() -> list[str]:
             "cores a host": rate / PAIRS_PER_CORE / hosts,
             "folder, GB/s a host": rate * IMAGE_BYTES / 1e9 / hosts,
             "TFRecord, GB/s a host": rate * IMAGE_BYTES / 1e9,
-            "service, GB/s a host": rate * 24 * side**2 / 1e9 / hosts,
+            "service, GB/s a host": rate * 2 * (3 * side**2 + 16) / 1e9 / hosts,
         }
     return [
         table("variables", {"MB": variables}, megabytes),
@@ -337,9 +342,12 @@ class Work:
                 shuffle_batch_norm=batch_norm == "shuffled",
             )
             model.compile(isd_tf.TorchSGD(0.01))
-        views = tf.random.stateless_normal([2, own, side, side, 3], [0, 0])
-        batch = {"teacher_view": views[0], "student_view": views[1]}
-        batch |= {"label": tf.range(own, dtype=tf.int64)}
+        crops, seeds = random_crops(own, side)
+        batch = {
+            "teacher_view": {"weak": (crops, seeds)},
+            "student_view": {"strong": (crops, seeds)},
+            "label": tf.range(own, dtype=tf.int64),
+        }
         batches = self.strategy.distribute_datasets_from_function(
             lambda _: tf.data.Dataset.from_tensors(batch).repeat()
         )
@@ -377,14 +385,15 @@ class Work:
 
         def make():
             *_, side, batch = SETTINGS["telling"]
+            own = batch // self.strategy.num_replicas_in_sync
             with self.strategy.scope():
-                images = tf.Variable(
-                    tf.zeros([batch // self.strategy.num_replicas_in_sync, side, side, 3])
-                )
+                crops, seeds = (tf.Variable(x) for x in random_crops(own, side))
 
             def shuffled():
                 first_pixels = distribution.call_shuffled(
-                    lambda x: x[:, 0, 0], images, tf.constant([0, 0])
+                    lambda view: tf.cast(view[0][:, 0, 0], tf.float32),
+                    (tf.convert_to_tensor(crops), tf.convert_to_tensor(seeds)),
+                    tf.constant([0, 0]),
                 )
                 return first_pixels[0, 0]
 
@@ -410,6 +419,12 @@ class Work:
             return lambda: function().numpy()
 
         return seconds(self.remembered(f"queue {size}", make))
+
+
+def random_crops(count, side):
+    """The host's half of a view: uint8 [b, S, S, 3] and seeds [b, 2]."""
+    crops = np.random.default_rng(0).integers(0, 256, [count, side, side, 3], np.uint8)
+    return tf.constant(crops), tf.constant(np.arange(2 * count).reshape(count, 2))
 
 
 def seconds(function):

@@ -66,6 +66,35 @@ def test_permutation_depends_on_the_seed(two_replicas):
     assert len(seen) > 1
 
 
+def test_crops_are_shuffled_with_their_seeds_bit_by_bit(two_replicas):
+    # Rows of 27 bytes fill no whole number of words, and as float32 the first words are a
+    # signalling NaN and a denormal number.
+    crops = np.random.default_rng(1).integers(0, 256, (8, 3, 3, 3), np.uint8)
+    crops.reshape(8, -1)[:, :8] = [1, 0, 128, 127, 1, 0, 0, 0]
+    crops[:, 2, 2, 2] = np.arange(8)
+    seeds = np.arange(8, dtype=np.int64)[:, np.newaxis] + [0, 2**40]
+
+    def own(rows):
+        first = 4 * tf.distribute.get_replica_context().replica_id_in_sync_group
+        examples = {"strong": (tf.constant(crops)[first:][:4], tf.constant(seeds)[first:][:4])}
+        seen = []
+
+        def note(shuffled):
+            images, numbers = shuffled["strong"]
+            assert (images.dtype, images.shape) == (tf.uint8, [4, 3, 3, 3])
+            seen.extend([tf.reshape(tf.cast(images, tf.int64), [4, -1]), numbers])
+            return tf.cast(numbers, tf.float32)
+
+        embeddings = distribution.call_shuffled(note, examples, tf.constant([7, 3]))
+        return tf.concat([*seen, tf.cast(embeddings, tf.int64)], axis=1)
+
+    results = np.concatenate(on_replicas(two_replicas, own))
+    order = tf.random.experimental.stateless_shuffle(tf.range(8), [7, 3]).numpy()
+    np.testing.assert_array_equal(results[:, :27], crops.reshape(8, -1)[order])
+    np.testing.assert_array_equal(results[:, 27:29], seeds[order])
+    np.testing.assert_array_equal(results[:, 29:], seeds.astype(np.float32))
+
+
 def test_one_replica_calls_without_shuffling():
     result = distribution.call_shuffled(tf.identity, tf.constant(VALUES), tf.constant([0, 0]))
     np.testing.assert_array_equal(result, VALUES)

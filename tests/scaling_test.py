@@ -74,19 +74,21 @@ def test_messages_are_those_of_the_traced_step(scaling, two_replicas, batch_norm
         row = values.shape[1:]
         if not row.is_fully_defined():  # The shuffled embeddings, while tracing.
             row = tf.TensorShape([model.embedding_dim])
-        gathered[row.rank] += BATCH * row.num_elements() * values.dtype.size
+        row_bytes = row.num_elements() * values.dtype.size
+        gathered[row_bytes] += BATCH * row_bytes
         return gather(values)
 
     monkeypatch.setattr(distribution, "gather_across_replicas", noting_gather)
-    monkeypatch.setattr(isd_tf.isd, "gather_across_replicas", noting_gather)
+    monkeypatch.setattr(isd_tf.methods.isd, "gather_across_replicas", noting_gather)
     synchronized = batch_norm == "synchronized"
     with two_replicas.scope():
         networks = make_networks("isd_plus", synchronized)
         model = make_model(networks, synchronized)
-    views = tf.zeros([BATCH // 2, SIDE, SIDE, 3])
+    crops = tf.zeros([BATCH // 2, SIDE, SIDE, 3], tf.uint8)
+    seeds = tf.zeros([BATCH // 2, 2], tf.int64)
     batch = {
-        "teacher_view": views,
-        "student_view": views,
+        "teacher_view": {"weak": (crops, seeds)},
+        "student_view": {"strong": (crops, seeds)},
         "label": tf.zeros([BATCH // 2], tf.int64),
     }
     batches = two_replicas.distribute_datasets_from_function(
@@ -111,7 +113,8 @@ def test_messages_are_those_of_the_traced_step(scaling, two_replicas, batch_norm
         size for _, size in gathers
     )  # both replicas note theirs
     if batch_norm == "shuffled":
-        assert gathered[3] == 2 * told["images"][2]
+        assert gathered[3 * SIDE**2] == 2 * told["images"][2]
+        assert gathered[2 * 8] == 2 * told["seeds"][2]
 
 
 def test_the_document_holds_the_tables_as_they_are_computed(scaling):

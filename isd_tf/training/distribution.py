@@ -152,6 +152,9 @@ def call_shuffled(function: Callable[..., tf.Tensor], examples, seed: tf.Tensor)
     order = tf.random.experimental.stateless_shuffle(tf.range(count * number_of_replicas()), seed)
 
     def shuffle(values):  # [b, ...]
+        if values.dtype == tf.uint8:
+            words = shuffle(_bytes_to_words(values))
+            return _words_to_bytes(words, values.shape)
         everyone = gather_across_replicas(values)  # [B, ...]
         # Gathering has lost the number of rows, which compilers want to know.
         return tf.ensure_shape(tf.gather(everyone, own_rows(order, count)), values.shape)
@@ -159,3 +162,21 @@ def call_shuffled(function: Callable[..., tf.Tensor], examples, seed: tf.Tensor)
     embeddings = function(tf.nest.map_structure(shuffle, examples))
     shuffled = gather_across_replicas(embeddings)  # [B, D]
     return own_rows(tf.gather(shuffled, tf.argsort(order)), count)
+
+
+def _bytes_to_words(values: tf.Tensor) -> tf.Tensor:
+    """Takes uint8 [b, ...] for float32 [b, n] of the same bits, rows filled up with zeros.
+
+    TensorFlow's collectives move no bytes, and its GPUs gather none; float32 they do everything
+    with, and moving it changes no bit.
+    """
+    size = values.shape[1:].num_elements()
+    rows = tf.pad(tf.reshape(values, [-1, size]), [[0, 0], [0, -size % 4]])
+    return tf.bitcast(tf.reshape(rows, [-1, (size + 3) // 4, 4]), tf.float32)
+
+
+def _words_to_bytes(words: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Undoes `_bytes_to_words` for values of that shape."""
+    rows = tf.reshape(tf.bitcast(words, tf.uint8), [-1, 4 * words.shape[1]])
+    rows = rows[:, : shape[1:].num_elements()]
+    return tf.ensure_shape(tf.reshape(rows, [-1, *shape[1:]]), shape)
