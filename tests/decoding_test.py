@@ -56,7 +56,7 @@ def decode(candidates, unreadable=None, attempts=None):
     def load(_):
         return decoding.decode_first_readable(
             lambda attempt: (source[attempt], tf.strings.format("image {}", attempt), attempt * 10),
-            tf.identity,
+            decoding.RECORDS,
             attempts or len(candidates),
             unreadable,
         )
@@ -117,14 +117,14 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     def load():
         return decoding.decode_first_readable(
             lambda attempt: (paths[attempt], paths[attempt], attempt),
-            tf.io.read_file,
+            decoding.FILES,
             2,
             unreadable,
         )
 
     image, _ = load()
     np.testing.assert_array_equal(image, SCENE)
-    assert "gone.png" in caplog.text and "No such file" in caplog.text
+    assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 
 
 def test_too_many_unreadable_images_end_the_pipeline():

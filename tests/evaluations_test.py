@@ -122,7 +122,7 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
         assert found.scores["nmi"] == pytest.approx(results[f"{encoder}_clusters_nmi"])
     for encoder in ("student", "teacher", "untrained"):
         assert 0.4 <= results[f"{encoder}_fast_linear_top1"] <= 1
-        assert results[f"{encoder}_fast_linear_top5"] == 1  # Of two classes.
+        assert f"{encoder}_fast_linear_top5" not in results  # Of two classes.
         assert results[f"{encoder}_clusters"] == 2
         for score in ("purity", "nmi", "ari"):
             assert -1 <= results[f"{encoder}_clusters_{score}"] <= 1
@@ -136,7 +136,7 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
         with Image.open(path) as picture:
             assert picture.width > 200 and len(picture.convert("RGB").getcolors(2**20)) > 50
     output = capsys.readouterr().out
-    for text in ("1-NN", "fast linear on 24 images", "top-5 100.0%", "2 clusters of 24", "purity"):
+    for text in ("1-NN", "fast linear on 24 images", "2 clusters of 24", "purity"):
         assert text in output
     # Train and test images of three encoders, each computed once.
     assert len(list((evaluated.workdir / "features").iterdir())) == 6
@@ -464,7 +464,7 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
         (["--label_fraction=1.5"], "greater than 0 and at most 1. Received: 1.5"),
         (
             ["--evaluations=linear", "--label_fraction=0.01"],
-            "Every class needs a labelled image.*dark.*at least 0.042",
+            "Every class needs a labelled image.*dark.*at least 0.13",
         ),
         (["--label_fraction=0.1", "--label_dataset=x"], "either a share or a dataset"),
         (["--linear_learning_rates=0.1,fast"], "must be positive numbers. Received: .*0.1,fast"),

@@ -93,7 +93,7 @@ def test_a_fraction_takes_the_same_share_of_every_class(kind, streams):
 
 
 def test_a_fraction_that_leaves_a_class_empty_is_refused_with_the_smallest_that_does_not():
-    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.025"):
+    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.075"):
         subsets.rows_of_fraction(numbered(), 0.01, 0)
     assert len(subsets.rows_of_fraction(numbered(), 0.025, 0)) == CLASSES
     # Of many images far less than a hundredth will do.

@@ -18,8 +18,14 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
-from isd_tf.data.decoding import Unreadable, decode_first_readable
-from isd_tf.data.pixels import decode
+from isd_tf.data.decoding import (
+    FILES,
+    RECORDS,
+    REPLACED,
+    Unreadable,
+    decode,
+    decode_first_readable,
+)
 from isd_tf.views import augment, crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
@@ -100,12 +106,13 @@ def pretraining_batches(
             f"evenly. Use a multiple of {context.num_replicas_in_sync} as --batch_size."
         )
     replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
+    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     if data_service:
         _require_workers(data_service.address)
-        unreadable = None  # Nobody could count them on another machine.
+        unreadable = Unreadable(
+            len(dataset), 0.0, max_pixels=unreadable.max_pixels, in_service=True
+        )
         context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
-    else:
-        unreadable = unreadable or Unreadable(len(dataset), 0.0)
     order = _Order(
         len(dataset),
         global_batch_size,
@@ -160,10 +167,22 @@ def evaluation_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
     """
+    batches = numbered_batches(dataset, image_size, batch_size, unreadable)
+    return batches.map(_as_it_stands(lambda rows, views, labels: (views, labels)))
+
+
+def numbered_batches(
+    dataset: Dataset, image_size: int, batch_size: int, unreadable: Unreadable | None = None
+) -> tf.data.Dataset:
+    """Makes `evaluation_batches`, and before each one's views says which images they are of.
+
+    Returns:
+        Triples of int64 [b], places in the dataset, and the views and labels.
+    """
     seen = _in_own_order(dataset, _CentreCrop(image_size), unreadable, batch_size)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
-        return augment.normalize(augment.to_unit_range(crops[0])), labels
+        return places, augment.normalize(augment.to_unit_range(crops[0])), labels
 
     return _map(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
 
@@ -217,7 +236,7 @@ def probe_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], `augment.LINEAR`'s views, and int64 [b], labels.
     """
-    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     order = _Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
@@ -336,11 +355,11 @@ def _in_own_order(dataset, look, unreadable, batch_size):
         return _map(firsts, look_at_batch)
 
     if isinstance(dataset, FileDataset):
-        paths, read = _paths(dataset), tf.io.read_file
+        paths, read = _paths(dataset), FILES
         sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
     else:
         records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-        sources, read = _map(records, functools.partial(_source_of_record, dataset)), tf.identity
+        sources, read = _map(records, functools.partial(_source_of_record, dataset)), RECORDS
 
     def look_at_group(numbers, group):  # [n], three of [n]
         candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
@@ -369,7 +388,8 @@ def _look_at_group(look, draws, candidate, read, attempts, unreadable):
 
     def look_at(i):
         source, _, label = candidate(i, tf.constant(0, tf.int64))
-        seen = look(decode(read(source))[tf.newaxis], draws[i][tf.newaxis])
+        image = decode(source, read, unreadable)
+        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
         return tuple(x[0] for x in seen), label
 
     # All at once, and if one fails, each by itself. A graph has no exceptions to catch; a dataset
@@ -490,7 +510,7 @@ def _file_images(dataset, order, look, unreadable):
 
         draws, count = look.draws(places), len(dataset)
         # When none can be read, `unreadable` ends the run.
-        seen, chosen, _ = _look_at_group(look, draws, candidate, tf.io.read_file, count, unreadable)
+        seen, chosen, _ = _look_at_group(look, draws, candidate, FILES, count, unreadable)
         return places, seen, chosen
 
     return _map(order.steps.flat_map(places_of), look_at_group)
@@ -531,7 +551,7 @@ def _record_images(dataset, order, look, unreadable):
             return _source_of_record(dataset, *(part[i, attempt] for part in group))
 
         seen, labels, readable = _look_at_group(
-            look, look.draws(places), candidate, tf.identity, STREAM_CANDIDATES, unreadable
+            look, look.draws(places), candidate, RECORDS, STREAM_CANDIDATES, unreadable
         )
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):

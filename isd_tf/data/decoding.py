@@ -6,18 +6,34 @@ and named in the log, so that no later batch shifts.
 """
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.data.pixels import decode, open_image
+from isd_tf.data import pixels
+from isd_tf.data.folders import shown
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
+# What becomes of an unreadable image: in training, in evaluations.
+REPLACED, LEFT_OUT = "replaced by the next one", "left out"
+
+
+class Reader(NamedTuple):
+    """From where an image is stored to its bytes."""
+
+    in_graph: Callable[[tf.Tensor], tf.Tensor]  # may fail, as decoding may
+    in_python: Callable[[bytes], bytes]  # says why, by UnreadableImage
+
+
+FILES = Reader(tf.io.read_file, pixels.read_file)
+RECORDS = Reader(tf.identity, bytes)
 
 
 class Unreadable:
@@ -26,27 +42,48 @@ class Unreadable:
     Args:
         total: images in the dataset.
         limit: largest share of `total` that may be unreadable.
+        fate: what becomes of them, for the log: REPLACED or LEFT_OUT.
+        max_pixels: an image of more, width times height, counts as unreadable.
+        in_service: whether a data service reads, in whose processes nothing can be counted: there
+            the first one ends the training.
     """
 
-    def __init__(self, total: int, limit: float):
+    def __init__(
+        self,
+        total: int,
+        limit: float,
+        fate: str = LEFT_OUT,
+        max_pixels: int = pixels.MAX_PIXELS,
+        in_service: bool = False,
+    ):
         self.total = total
         self.limit = limit
+        self.fate = fate
+        self.max_pixels = max_pixels
+        self.in_service = in_service
         self.names: set[str] = set()
         self._lock = threading.Lock()
+
+    @property
+    def readable(self) -> int:
+        """Images that are left, as far as they have been read."""
+        return self.total - len(self.names)
 
     def add(self, name: str, reason: str) -> None:
         """Counts and logs an unreadable image; raises ValueError when they are too many."""
         with self._lock:
             if name not in self.names:
                 self.names.add(name)
-                logging.warning("Unreadable image, replaced by the next one: %s (%s)", name, reason)
+                logging.warning(
+                    "Unreadable image, %s: %s (%s)", self.fate, shown(name), shown(reason)
+                )
         self.check()
 
     def check(self) -> None:
         """Raises ValueError when more than the allowed share of the images is unreadable."""
         count = len(self.names)
         if count > self.limit * self.total or count == self.total:
-            some = ", ".join(sorted(self.names)[:3])
+            some = ", ".join(map(shown, sorted(self.names)[:3]))
             raise ValueError(
                 f"At most {self.limit:.1%} of the images may be unreadable. Received: "
                 f"{count} of {self.total}, for example {some}. "
@@ -77,32 +114,31 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
 
 def decode_first_readable(
     candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
-    read: Callable[[tf.Tensor], tf.Tensor],
+    read: Reader,
     attempts: int,
-    unreadable: Unreadable | None,
+    unreadable: Unreadable,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes the first candidate that can be read.
 
     Args:
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read: source to encoded bytes; may fail, as decoding may.
+        read: source to encoded bytes.
         attempts: how many candidates there are.
-        unreadable: where failures are reported; None where this runs in another process, which
-            can only fail at the first.
+        unreadable: where failures are reported.
 
     Returns:
         The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
-    if unreadable is None:
+    if unreadable.in_service:
         source, name, label = candidate(tf.constant(0, tf.int64))
-        image = _decode_or_empty(source, read)
+        image = _decode_or_empty(source, read, unreadable)
         message = [UNREADABLE_IN_SERVICE, name]
         with tf.control_dependencies([tf.debugging.Assert(tf.size(image) > 0, message)]):
             return tf.identity(image), label
 
     def attempt(number):
         source, name, label = candidate(number)
-        image = _decode_or_empty(source, read)
+        image = _decode_or_empty(source, read, unreadable)
         image = tf.cond(
             tf.size(image) > 0,
             lambda: image,
@@ -121,19 +157,26 @@ def decode_first_readable(
     return image, label
 
 
-def _decode_or_empty(source, read):
+def decode(source: tf.Tensor, read: Reader, unreadable: Unreadable) -> tf.Tensor:
+    """Decodes what TensorFlow can read in a graph; fails for all else."""
+    return pixels.decode(read.in_graph(source), unreadable.max_pixels)
+
+
+def _decode_or_empty(source, read, unreadable):
     # A graph has no exceptions to catch; a dataset of one element, whose errors are ignored, has.
-    image = tf.data.Dataset.from_tensors(source).map(lambda x: decode(read(x))).ignore_errors()
+    image = tf.data.Dataset.from_tensors(source).map(lambda x: decode(x, read, unreadable))
     empty = tf.data.Dataset.from_tensors(tf.zeros([0, 0, 3], tf.uint8))
-    return image.concatenate(empty).take(1).get_single_element()
+    return image.ignore_errors().concatenate(empty).take(1).get_single_element()
 
 
 def _decode_by_pillow(source, read, name, unreadable):
     def decode_or_report(source, name):
+        name = os.fsdecode(name)
         try:
-            return np.asarray(open_image(read(tf.constant(source)).numpy()))
-        except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
-            unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
+            encoded = read.in_python(source)
+            return np.asarray(pixels.open_image(encoded, shown(name), unreadable.max_pixels))
+        except pixels.UnreadableImage as error:
+            unreadable.add(name, str(error))
             return np.zeros([0, 0, 3], np.uint8)
 
     image = tf.numpy_function(decode_or_report, [source, name], tf.uint8, stateful=True)
