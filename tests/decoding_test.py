@@ -127,6 +127,16 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["png", "cmyk jpeg"])
+def test_an_image_of_too_many_pixels_is_unreadable_in_a_graph_and_by_pillow(form, caplog):
+    for limit, expected in ((40 * 30, 0), (40 * 30 - 1, 1)):
+        unreadable = decoding.Unreadable(2, 0.5, decoding.REPLACED, max_pixels=limit)
+        decode([FORMS[form]], unreadable)
+        assert len(unreadable.names) == expected
+    expected = "replaced by the next one: image 0 (40 x 30 pixels, more than --max_pixels=1199)"
+    assert expected in caplog.text
+
+
 def test_too_many_unreadable_images_end_the_pipeline():
     unreadable = decoding.Unreadable(4, 0.25)
     with pytest.raises(tf.errors.OpError):
