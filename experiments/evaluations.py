@@ -5,6 +5,7 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 
 import functools
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -18,16 +19,20 @@ from settings import FLAGS, numbers
 
 import isd_tf
 from isd_tf import report
-from isd_tf.data import subsets
+from isd_tf.data import check, subsets
 from isd_tf.data.batches import evaluation_batches, probe_batches
-from isd_tf.data.datasets import Dataset, RecordDataset, is_labelled
-from isd_tf.data.decoding import Unreadable, explaining
+from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelled
+from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
+from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
 from isd_tf.training.checkpoints import Checkpoints
 
 # Of the pictures: rows, and images beside each other.
 QUERIES, NEIGHBORS = 8, 8
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
+SCORED_ON_TEST = ("knn", "linear", "fast_linear")
+# Steps of SGD below which `linear` says that they are few. ImageNet's 1% of the labels take 2000.
+FEW_STEPS = 1000
 
 
 class Data(NamedTuple):
@@ -58,9 +63,9 @@ class Run(NamedTuple):
         self.counters.clear()
         return explaining(self.counters)
 
-    def counter(self, dataset: Dataset) -> Unreadable:
+    def counter(self, dataset: Dataset, fate: str = LEFT_OUT) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
-        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable))
+        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels))
         return self.counters[-1]
 
     def encoder(self, name: str) -> keras.Model:
@@ -69,8 +74,8 @@ class Run(NamedTuple):
             return isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width)
         return getattr(self.model, f"{name}_encoder")
 
-    def batches(self, dataset: Dataset):
-        counter = self.counter(dataset)
+    def batches(self, dataset: Dataset, counter: Unreadable | None = None):
+        counter = counter or self.counter(dataset)
         return evaluation_batches(dataset, FLAGS.image_size, features.BATCH, counter)
 
     def features(self, encoder: keras.Model, dataset: Dataset) -> features.Features:
@@ -95,10 +100,14 @@ def check_data(data: Data) -> None:
             f"--clusters must be at most the {len(data.bank)} images of {data.bank.name}. "
             f"Received: {FLAGS.clusters}."
         )
+    protocols = {"linear", "fast_linear"} & set(FLAGS.evaluations)
+    several = any(len(_settings(protocol)) > 1 for protocol in protocols)
     # Reading the labels of a stream takes a pass over all of its records.
-    if FLAGS.label_dataset or not isinstance(data.bank, RecordDataset):
-        if _few_labels() and {"linear", "fast_linear"} & set(FLAGS.evaluations):
-            _labelled_images(data.bank)
+    is_stream = isinstance(data.bank, RecordDataset) and not FLAGS.label_dataset
+    if protocols and not is_stream and (_few_labels() or several and is_labelled(data.bank)):
+        labelled, _ = _labelled_images(data.bank)
+        if several and not isinstance(labelled, RecordDataset):
+            subsets.hold_out(labelled.labels, linear.HELD_OUT_SHARE, FLAGS.seed)
 
 
 def evaluate(run: Run) -> list[str]:
@@ -109,7 +118,7 @@ def evaluate(run: Run) -> list[str]:
         same, and so is what comes after a long training.
     """
     workdirs.remove_unfinished(run.workdir / "features")
-    failures = []
+    failures, compared = [], False
     for name in FLAGS.evaluations:
         try:
             reason = _reason_not_to(name, run)
@@ -118,6 +127,10 @@ def evaluate(run: Run) -> list[str]:
                 continue
             if reason:
                 raise ValueError(reason)
+            if name in SCORED_ON_TEST and not compared:
+                compared = True
+                shared = _say_shared_images(run.data.bank, run.data.test)
+                run.record({"test_images_in_train": shared})
             with run.explaining():
                 EVALUATIONS[name](run)
         except Exception as error:  # Whatever it is, hours of training are worth more.
@@ -125,13 +138,29 @@ def evaluate(run: Run) -> list[str]:
     return failures
 
 
+def _say_shared_images(train, test):
+    """Tells which test images are training images too; returns how many there are."""
+    pairs = check.shared_images(train, test)
+    if pairs:
+        is_files = isinstance(test, FileDataset)
+        names = [test.paths[row] if is_files else f"image {row}" for _, row in pairs[:3]]
+        say(
+            f"{len(pairs)} of the {len(test)} images of {test.name} are also in {train.name}, so "
+            f"that scores are too high: {', '.join(map(shown, names))}"
+            f"{', ...' * (len(pairs) > len(names))}"
+        )
+    return len(pairs)
+
+
 def _reason_not_to(name, run):
     """Why an evaluation cannot be done after this training, or None."""
     bank = run.data.bank
-    if name in ("knn", "linear", "fast_linear"):
-        return reason_not_to_score(run.data, 20 if name == "knn" else 1)
+    if name in SCORED_ON_TEST:
+        return reason_not_to_score(run.data)
     if name == "clusters" and not (FLAGS.clusters or is_labelled(bank)):
         return f"{bank.name} has no classes to take their number from. Pass --clusters."
+    if name == "clusters" and not FLAGS.clusters and _has_one_class(bank):
+        return f"{bank.name} has one class: a single cluster is none. Pass --clusters."
     if name == "neighbors" and not hasattr(run.model, "queue"):
         return f"--method={FLAGS.method} has no queue."
     if name == "neighbors" and workdirs.used_data_service(run.workdir):
@@ -146,24 +175,30 @@ def _reason_not_to(name, run):
     return None
 
 
-def reason_not_to_score(data: Data, images: int) -> str | None:
-    """Why labels of the test images cannot be predicted from `images` others at least, or None."""
+def reason_not_to_score(data: Data) -> str | None:
+    """Why labels of the test images cannot be predicted from others, or None."""
     for split in (data.bank, data.test):
         if split and not is_labelled(split):
             return f"{split.name} has no labels."
     if data.test is None:
         return f"{data.train.name} has no test split. Name one by --test_split."
+    if _has_one_class(data.bank):
+        return f"{data.bank.name} has one class: there is nothing to tell apart."
     if not any(isinstance(split, RecordDataset) for split in (data.bank, data.test)):
         missing = np.setdiff1d(data.test.labels, data.bank.labels)
         if len(missing):
             names = data.test.class_names or range(data.test.labels.max() + 1)
             return (
                 f"{len(missing)} classes of {data.test.name} have no images in {data.bank.name}, "
-                f"{names[missing[0]]} first."
+                f"{shown(str(names[missing[0]]))} first."
             )
-    if len(data.bank) < images:
-        return f"{images}-NN needs at least {images} images. {data.bank.name} has {len(data.bank)}."
     return None
+
+
+def _has_one_class(dataset):
+    if isinstance(dataset, RecordDataset):
+        return len(dataset.class_names) == 1
+    return len(np.unique(dataset.labels)) == 1
 
 
 # --------------------------------------------------------------------- the paper's tables 1, 4, 5
@@ -173,14 +208,17 @@ def evaluate_knn(run: Run) -> None:
     bank, test, rare = run.data.bank, run.data.test, run.data.rare_labels
     encoders = {name: run.encoder(name) for name in ("untrained", "student", "teacher")}
     contestants = {"raw_pixels": knn.raw_pixels, **encoders}
-    batches = run.batches(bank), run.batches(test)
+    counters = run.counter(bank), run.counter(test)
+    batches = map(run.batches, (bank, test), counters)
     scores = isd_tf.knn_accuracy(contestants, *batches, rare_labels=rare)
-    say(f"\nNearest neighbours of {len(test)} images of {test.name} among {len(bank)}:")
-    columns = {"1nn": "1-NN", "20nn": "20-NN"}
-    if rare and "student_1nn_rare" not in scores:
+    among, asked = (counter.readable for counter in counters)
+    say(f"\nNearest neighbours of {asked} images of {test.name} among {among}:")
+    columns = {"1nn": "1-NN", "20nn": "20-NN", "1nn_rare": "1-NN rare", "20nn_rare": "20-NN rare"}
+    columns = {key: title for key, title in columns.items() if f"student_{key}" in scores}
+    if "20nn" not in columns:
+        say("20-NN needs 20 images to search, and is left out.")
+    if rare and "1nn_rare" not in columns:
         say(f"{test.name} has no images of the rare classes.")
-    elif rare:
-        columns |= {"1nn_rare": "1-NN rare", "20nn_rare": "20-NN rare"}
     say(" " * 20 + "".join(f"{title:>12}" for title in columns.values()))
     for name in contestants:
         values = [scores[f"{name}_{column}"] for column in columns]
@@ -191,7 +229,7 @@ def evaluate_knn(run: Run) -> None:
 
 def evaluate_linear(run: Run) -> None:
     def train(encoder, dataset, settings):
-        counter = run.counter(dataset)
+        counter = run.counter(dataset, REPLACED)
 
         def views_of_epoch(epoch):
             return probe_batches(
@@ -216,10 +254,7 @@ def evaluate_linear(run: Run) -> None:
             report_epoch,
         )
 
-    usual = linear.FEW_LABELS_LEARNING_RATES if _few_labels() else [linear.LEARNING_RATE]
-    rates = numbers("linear_learning_rates", float) or usual
-    settings = [linear.Setting(decay, rate) for rate in rates for decay in _weight_decays()]
-    _score_linear(run, "linear", settings, train)
+    _score_linear(run, "linear", train)
 
 
 def evaluate_fast_linear(run: Run) -> None:
@@ -229,20 +264,25 @@ def evaluate_fast_linear(run: Run) -> None:
         count = len(features_.labels)
         return linear.fit(features_, [setting.weight_decay * count for setting in settings])
 
-    settings = [linear.Setting(decay, None) for decay in _weight_decays()]
-    _score_linear(run, "fast_linear", settings, fit)
+    _score_linear(run, "fast_linear", fit)
 
 
 def _few_labels():
     return FLAGS.label_fraction < 1 or FLAGS.label_dataset
 
 
-def _weight_decays():
+def _settings(protocol):
+    """The settings that a protocol tries."""
     usual = linear.FEW_LABELS_WEIGHT_DECAYS if _few_labels() else [linear.WEIGHT_DECAY]
-    return numbers("linear_weight_decays", float) or usual
+    decays = numbers("linear_weight_decays", float) or usual
+    if protocol == "fast_linear":
+        return [linear.Setting(decay, None) for decay in decays]
+    usual = linear.FEW_LABELS_LEARNING_RATES if _few_labels() else [linear.LEARNING_RATE]
+    rates = numbers("linear_learning_rates", float) or usual
+    return [linear.Setting(decay, rate) for rate in rates for decay in decays]
 
 
-def _score_linear(run, protocol, settings, classifiers_of):
+def _score_linear(run, protocol, classifiers_of):
     """Chooses a setting, trains it on all labelled images, and scores it on the test images.
 
     `classifiers_of` takes an encoder, labelled images and settings.
@@ -252,16 +292,25 @@ def _score_linear(run, protocol, settings, classifiers_of):
         encoder = run.encoder(name)
         of_encoder = functools.partial(classifiers_of, encoder)
         features_of = functools.partial(run.features, encoder)
-        choice = linear.choose(settings, labelled, of_encoder, features_of, FLAGS.seed)
+        choice = linear.choose(_settings(protocol), labelled, of_encoder, features_of, FLAGS.seed)
         classifiers = of_encoder(labelled, [choice.chosen])
-        test = features_of(run.data.test)
+        known, test = features_of(labelled).labels, features_of(run.data.test)
         prefix = f"{name}_{protocol}{suffix}"
-        top1, top5 = (float(linear.top_k_accuracy(classifiers, test, k)[0]) for k in (1, 5))
+        # Among five classes the right one is always among the first five.
+        ranks = (1, 5) if len(np.unique(known)) > 5 else (1,)
+        accuracies = {k: float(linear.top_k_accuracy(classifiers, test, k)[0]) for k in ranks}
         say(
-            f"{protocol.replace('_', ' ')} on {len(labelled)} images of {labelled.name}, {name}: "
-            f"top-1 {top1:.1%}, top-5 {top5:.1%}"
+            f"{protocol.replace('_', ' ')} on {len(known)} images of {labelled.name}, {name}: "
+            + ", ".join(f"top-{k} {accuracy:.1%}" for k, accuracy in accuracies.items())
         )
-        scores = {f"{prefix}_top1": top1, f"{prefix}_top5": top5}
+        steps = FLAGS.linear_epochs * math.ceil(len(known) / linear.BATCH)
+        if protocol == "linear" and steps < FEW_STEPS:
+            say(
+                f"  These were {steps} steps of SGD, few for a classifier that begins at random. "
+                "fast_linear is at the minimum whatever the number of images; --linear_epochs and "
+                "--linear_learning_rates change this protocol."
+            )
+        scores = {f"{prefix}_top{k}": accuracy for k, accuracy in accuracies.items()}
         chosen = _hyper_parameters(choice.chosen)
         tried = [
             _hyper_parameters(setting) | {"held_out_top1": accuracy}
@@ -270,7 +319,7 @@ def _score_linear(run, protocol, settings, classifiers_of):
         if protocol == "linear":
             chosen["epochs"] = FLAGS.linear_epochs
         search = {"scores": scores, "chosen": chosen, "tried": tried, "step": run.step}
-        search["training_images"] = len(features_of(labelled).labels)
+        search["training_images"] = len(known)
         _record_search(run, prefix, search)
         run.record(scores | {f"{prefix}_{key}": value for key, value in chosen.items()})
 
@@ -303,12 +352,15 @@ def evaluate_transfer(run: Run) -> None:
     accuracies, left_out = {name: [] for name in FLAGS.evaluated_encoders}, {}
     for encoder_name in accuracies:
         workdirs.forget(run.workdir, f"{encoder_name}_transfer_")
+    workdirs.forget(run.workdir, "transfer_")
     for name in FLAGS.transfer:
         task = transfer.task_of(name)
         say(f"Transfer to {name} ({task.source}).")
         try:
             with run.explaining():
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
+                known = splits.training, splits.validation
+                shared = sum(_say_shared_images(part, splits.test) for part in known)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies
@@ -324,6 +376,7 @@ def evaluate_transfer(run: Run) -> None:
         for of_one, (accuracy, figures) in zip(accuracies.values(), of_encoders, strict=True):
             of_one.append(accuracy)
             run.record(figures)
+        run.record({f"transfer_{transfer.score_name(name)}_test_images_in_train": shared})
     if len(left_out) == len(FLAGS.transfer):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"None of the datasets could be had and scored. {reasons}")
@@ -378,33 +431,26 @@ def evaluate_clusters(run: Run) -> None:
     bank = run.data.bank
     for name in FLAGS.evaluated_encoders:
         count = FLAGS.clusters or len(np.unique(subsets.labels_of(bank)))
-        found = clusters.cluster(run.features(run.encoder(name), bank), count, FLAGS.seed)
+        features_ = run.features(run.encoder(name), bank)
+        found = clusters.cluster(features_, count, FLAGS.seed)
         scores = {f"{name}_clusters_{key}": value for key, value in found.scores.items()}
         values = ", ".join(f"{key} {value:.3f}" for key, value in found.scores.items())
+        values = values or "without classes to compare with"
         say(f"{count} clusters of {len(found.assignments)} images of {bank.name}, {name}: {values}")
         run.record(scores | {f"{name}_clusters": count})
         members = clusters.draw_members(
             found.assignments, SHOWN_CLUSTERS, SHOWN_MEMBERS, FLAGS.seed
         )
         path = run.workdir / "figures" / f"clusters_{name}.png"
-        report.draw_clusters(
-            _views_of_rows(run, bank, members, readable=len(found.assignments)), path
-        )
+        shown_rows = [features_.rows[of_cluster] for of_cluster in members]
+        report.draw_clusters(_views_of_rows(run, bank, shown_rows), path)
         say(f"Members of clusters: {path}")
 
 
-def _views_of_rows(run, dataset, rows_of_groups, readable):
-    """The evaluation views at rows of a dataset's `readable` images, in groups as these."""
+def _views_of_rows(run, dataset, rows_of_groups):
+    """The evaluation views at rows of a dataset, which can be read, in groups as these."""
     rows = np.unique(np.concatenate(rows_of_groups))
-    if readable == len(dataset):
-        images = run.batches(subsets.take(dataset, rows, "shown"))
-        found = np.concatenate([views for views, _ in images])
-    else:
-        # A row counts the images that can be read: which they are, only reading all tells.
-        views = run.batches(dataset).unbatch().enumerate()
-        wanted = tf.constant(rows)
-        chosen = views.filter(lambda row, view: tf.reduce_any(row == wanted))
-        found = [view.numpy() for _, (view, _) in chosen.take(len(rows))]
+    found = np.concatenate([v for v, _ in run.batches(subsets.take(dataset, rows, "shown"))])
     views = dict(zip(rows, found, strict=True))
     return [[views[row] for row in group] for group in rows_of_groups]
 
@@ -425,10 +471,10 @@ def evaluate_neighbors(run: Run) -> None:
         FLAGS.batch_size,
         FLAGS.seed,
         NEIGHBORS,
-        run.counter(run.data.train),
+        run.counter(run.data.train, REPLACED),
     )
     path = run.workdir / "figures" / "neighbors.png"
-    report.draw_neighbors(found, path, asked.class_names)
+    report.draw_neighbors(found, path, list(map(shown, asked.class_names)))
     say(f"Neighbours in the queue of --query_images={','.join(map(str, rows))}: {path}")
 
 
@@ -439,7 +485,7 @@ def _asked(data):
 
 def evaluate_curves(run: Run) -> None:
     curves = {
-        str(workdir): workdirs.read_curves(pathlib.Path(workdir))
+        shown(str(workdir)): workdirs.read_curves(pathlib.Path(workdir))
         for workdir in (run.workdir, *FLAGS.compare_with)
     }
     path = run.workdir / "figures" / "student_teacher.png"

@@ -39,13 +39,19 @@ import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
 
 import isd_tf  # noqa: E402
-from isd_tf.data import subsets  # noqa: E402
-from isd_tf.data.decoding import explaining  # noqa: E402
+from isd_tf.data import check, subsets  # noqa: E402
+from isd_tf.data.decoding import REPLACED, explaining  # noqa: E402
+from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
 
+# What a check says of its progress; what lies beside the images.
+SECONDS_BETWEEN_REPORTS = 10
+LEFT_OUT = "not_read.txt"
+# Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
+COLLAPSED_STD = 0.01
 METHODS = {"isd": isd_tf.ISD, "moco_v2": isd_tf.MoCoV2, "byol": isd_tf.BYOL}
 
 
@@ -55,6 +61,9 @@ def main():
         # programmer's to know: that each encoder is traced once more, for example.
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("ERROR")
+    if FLAGS.stages == ["check"]:
+        check_images()
+        return
     strategy = choose_devices()
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
@@ -69,7 +78,7 @@ def main():
                 FLAGS.keep_every_epochs * steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            begin_or_continue(workdir, checkpoints, train)
+            begin_or_continue(workdir, checkpoints, data)
             first_step = checkpoints.restore_newest()
             if first_step:
                 say(f"Continuing {workdir} after step {first_step}.")
@@ -88,6 +97,25 @@ def main():
 
 
 # ---------------------------------------------------------------------------------- chapters
+
+
+def check_images():
+    """Lists what is odd about the images, before any training."""
+    train, test = load_splits()
+    last = time.monotonic()
+
+    def report(done, total):
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_REPORTS:
+            last = time.monotonic()
+            say(f"  {done} of {total} images read")
+
+    with workdirs.locked(FLAGS.workdir, tf.distribute.get_strategy()) as workdir:
+        name_left_out(workdir, train, test)
+        splits = {"train": train} | ({"test": test} if test else {})
+        checked = check.check(splits, FLAGS.image_size, FLAGS.max_pixels, report)
+        check.write_csv(checked, workdir / "check.csv")
+        say(f"{check.summary(checked)}\nAll findings: {workdir / 'check.csv'}")
 
 
 def choose_devices():
@@ -109,13 +137,22 @@ def choose_devices():
         shared = [f for f in settings.own_flags() if f.name not in settings.MACHINES_OWN]
         cluster.require_same(strategy, {f"--{flag.name}": str(flag.value) for flag in shared})
     workers, replicas = cluster.number_of_workers(strategy), strategy.num_replicas_in_sync
-    _, groups = settings.batch_norm()
+    synchronized, groups = settings.batch_norm()
     if FLAGS.batch_size % (replicas * groups):
         raise ValueError(
             "The replicas, and their groups, share the batch evenly. Received: "
             f"--batch_size={FLAGS.batch_size} for {replicas} replica{'s' * (replicas > 1)}"
             + (f" of {groups} groups" if groups > 1 else "")
             + f". Use a multiple of {replicas * groups}, or another --strategy or --batch_norm."
+        )
+    # Synchronised, BatchNorm sees all replicas' images.
+    alike = FLAGS.batch_size // (1 if synchronized else replicas * groups)
+    if alike == 1 and training:
+        raise ValueError(
+            "BatchNorm needs two images at least: of one, every feature becomes 0, and nothing is "
+            f"learned. Received: --batch_size={FLAGS.batch_size} for {replicas} "
+            f"replica{'s' * (replicas > 1)} with --batch_norm={FLAGS.batch_norm}. Use a larger "
+            "batch, or fewer replicas or groups."
         )
     if workers > 1 and FLAGS.logical_cpus > 1:
         raise ValueError(
@@ -136,6 +173,11 @@ def choose_devices():
         + (f", {replicas} in all" if workers > 1 else "")
         + f": global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
     )
+    if FLAGS.batch_norm == "shuffled" and replicas == 1 and training:
+        say(
+            "On one device there is nothing to shuffle: BatchNorm sees the whole batch. "
+            "--batch_norm=groups:N takes statistics of N parts, as N devices would."
+        )
     if index > 0:
         sys.stdout = open(
             os.devnull, "w", errors="replace"
@@ -150,19 +192,12 @@ def load_data(strategy):
     for turn in (True, False):
         with cluster.failing_together(strategy):
             if cluster.is_chief(strategy) == turn:
-                train, test = isd_tf.datasets.load(
-                    FLAGS.dataset,
-                    FLAGS.train_split,
-                    FLAGS.test_split,
-                    FLAGS.data_dir,
-                    FLAGS.image_list,
-                )
+                train, test = load_splits()
                 data = unbalanced(train, test) or evaluations.Data(train, train, test)
+                if data.train is not train:
+                    say(isd_tf.datasets.describe(data.train))
     train = data.train
     cluster.require_same(strategy, {"images": json.dumps(fingerprint(train))})
-    labelled = isd_tf.datasets.is_labelled(train)
-    classes = f"{len(train.class_names)} classes" if labelled else "no labels"
-    say(f"{train.name}: {len(train)} images, {classes}.")
     evaluations.check_data(data)
     if FLAGS.batch_size > len(train):
         raise ValueError(
@@ -184,6 +219,23 @@ def load_data(strategy):
             len(train),
         )
     return data
+
+
+def load_splits():
+    train, test = isd_tf.datasets.load(
+        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
+    )
+    for dataset in (train, test):
+        if dataset:
+            say(isd_tf.datasets.describe(dataset))
+    return train, test
+
+
+def name_left_out(workdir, *splits):
+    """Names in the workdir the files that lie beside the images and are not read."""
+    names = [name for split in splits for name in getattr(split, "left_out", ())]
+    if names:
+        (workdir / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names))
 
 
 def unbalanced(train, test):
@@ -238,19 +290,22 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def begin_or_continue(workdir, checkpoints, train):
+def begin_or_continue(workdir, checkpoints, data):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
     with cluster.failing_together(checkpoints.strategy):
         if not cluster.is_chief(checkpoints.strategy):
             return
-        data = workdir / "dataset.json"
+        train = data.train if data else None
+        if data:
+            name_left_out(workdir, data.bank, data.test)
+        record = workdir / "dataset.json"
         now = fingerprint(train)
         if not checkpoints.exist:
             flagfiles.write(workdir / "run.flags", settings.own_flags())
-            data.write_text(json.dumps(now) + "\n")
+            record.write_text(json.dumps(now) + "\n")
         else:
             flagfiles.require_same(workdir / "run.flags", settings.recipe())
-            before = json.loads(data.read_text()) if data.exists() else now
+            before = json.loads(record.read_text()) if record.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
                 raise ValueError(
@@ -308,7 +363,7 @@ def run_stages(model, checkpoints, first_step, data, workdir):
 
 def pretrain(run, first_step):
     model, train, checkpoints, workdir = run.model, run.data.train, run.checkpoints, run.workdir
-    unreadable = run.counter(train)
+    unreadable = run.counter(train, REPLACED)
     if first_step >= FLAGS.epochs * steps_per_epoch(train):
         say("The pretraining is complete.")
         return
@@ -334,12 +389,14 @@ def pretrain(run, first_step):
         )
 
     start = time.monotonic()
+    last_means = {}
 
     def record_epoch(epoch, logs):
         # Accuracies are the evaluation's to tell.
         scored = ("nn", "nn_rare")
         means = {name: float(value) for name, value in logs.items() if not name.endswith(scored)}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
+        last_means.update(means)
         means["unreadable_images"] = len(unreadable.names)  # That the chief has met.
         try:
             workdirs.record(workdir, means, checkpoints.step)
@@ -373,11 +430,18 @@ def pretrain(run, first_step):
         ],
         verbose=0,
     )
+    if last_means.get("embedding_std", 1) < COLLAPSED_STD:
+        logging.warning(
+            "Nothing was learned: all images have nearly the same embedding (embedding_std %.2g, "
+            "where about 1 is usual). Are they all alike, black for example? --stages=check looks "
+            "at them. If they are not, try a lower --learning_rate or a higher --teacher_momentum.",
+            last_means["embedding_std"],
+        )
 
 
 def knn_callback(run, stop):
     data, every = run.data, FLAGS.knn_every_epochs
-    if not every or evaluations.reason_not_to_score(data, 20):
+    if not every or evaluations.reason_not_to_score(data):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]

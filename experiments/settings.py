@@ -12,7 +12,7 @@ from absl import flags
 from program import say
 
 FLAGS = flags.FLAGS
-STAGES = ("pretrain", "evaluate", "export")
+STAGES = ("check", "pretrain", "evaluate", "export")
 VIEWS = ("strong", "weak")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
 HEADS = ("isd", "isd_plus", "moco_v2")
@@ -25,6 +25,7 @@ STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
 EVALUATIONS = ("knn", "linear", "fast_linear", "transfer", "clusters", "neighbors", "curves")
 ENCODERS = ("student", "teacher", "untrained")
 LINEAR_EPOCHS = 40
+MAX_PIXELS = 178_956_970
 FEW_LABELS_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FEW_LABELS_WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 TRANSFER = {  # The paper's tasks, and what TFDS calls them.
@@ -50,6 +51,9 @@ flags.DEFINE_string(
     "test_split", None, "TFDS split or subfolder to test on; unset: test, validation or val."
 )
 flags.DEFINE_float("max_unreadable", 0.01, "Largest share of the images that may be unreadable.")
+flags.DEFINE_integer(
+    "max_pixels", MAX_PIXELS, "Width times height beyond which an image counts as unreadable."
+)
 flags.DEFINE_string(
     "data_service",
     None,
@@ -120,7 +124,12 @@ flags.DEFINE_integer("seed", 0, "Seed of initial weights, order, views and permu
 
 # Run
 flags.DEFINE_string("workdir", None, "Receives flags, checkpoints, logs, results and SavedModel.")
-flags.DEFINE_list("stages", list(STAGES), f"What to do, of {', '.join(STAGES)}.")
+flags.DEFINE_list(
+    "stages",
+    ["pretrain", "evaluate", "export"],
+    "What to do: some of pretrain, evaluate, export; or check, which reads every image and lists "
+    "what is odd.",
+)
 flags.DEFINE_enum(
     "strategy",
     "auto",
@@ -206,8 +215,8 @@ flags.DEFINE_list("compare_with", [], "Other workdirs that curves shows in the s
 # What may change between two calls in one workdir; every other flag is the recipe. Which images are
 # trained on, dataset.json knows.
 NOT_RECIPE = (
-    "unbalanced unbalanced_seed data_dir image_list test_split max_unreadable data_service "
-    "workdir stages strategy cluster_timeout logical_cpus steps_per_execution compile "
+    "unbalanced unbalanced_seed data_dir image_list test_split max_unreadable max_pixels "
+    "data_service workdir stages strategy cluster_timeout logical_cpus steps_per_execution compile "
     "deterministic check_replicas checkpoint_every_steps keep_checkpoints keep_every_epochs "
     "if_checkpoint_fails log_every_steps knn_every_epochs export_encoder "
     "evaluations evaluated_encoders label_fraction label_dataset linear_learning_rates "
@@ -216,10 +225,12 @@ NOT_RECIPE = (
 # What may differ between the workers of a cluster.
 MACHINES_OWN = "data_dir image_list workdir cluster_timeout".split()
 REQUIRED = "dataset image_size views encoder heads epochs batch_size learning_rate workdir".split()
+REQUIRED_TO_CHECK = "dataset image_size workdir".split()
 LARGEST = 2**31 - 1
 RANGES = {  # Of every whole number, and of shares.
     "image_size": (1, LARGEST),
     "max_unreadable": (0, 1),
+    "max_pixels": (1, LARGEST),
     "unbalanced_seed": (0, LARGEST),
     "width": (1, LARGEST),
     "queue_size": (1, LARGEST),
@@ -256,7 +267,8 @@ def read(command_line: list[str]) -> None:
 
 def _check_recipe(typed):
     settings = METHODS[FLAGS.method]
-    unset = [name for name in (*REQUIRED, *settings) if FLAGS[name].value is None]
+    required = REQUIRED_TO_CHECK if FLAGS.stages == ["check"] else (*REQUIRED, *settings)
+    unset = [name for name in required if FLAGS[name].value is None]
     if unset:
         raise ValueError(
             f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
@@ -274,6 +286,11 @@ def _check_recipe(typed):
             f"Unknown stages. Expected some of {', '.join(STAGES)}. "
             f"Received: --stages={','.join(FLAGS.stages)}."
         )
+    if "check" in FLAGS.stages and len(FLAGS.stages) > 1:
+        raise ValueError(
+            "The check is a call of its own, before the training. Received: "
+            f"--stages={','.join(FLAGS.stages)}. Pass --stages=check alone."
+        )
     # Of a flag file's, a nested one may well be about another method.
     every = dict.fromkeys(name for names in METHODS.values() for name in names)
     unused = [name for name in every if name in typed and name not in settings]
@@ -285,6 +302,8 @@ def _check_recipe(typed):
                 f"--{name} must be at least {low} and at most {high}. "
                 f"Received: {FLAGS[name].value}."
             )
+    if FLAGS.stages == ["check"]:
+        return  # The rest is about trainings.
     if not 0 < FLAGS.learning_rate < float("inf"):
         raise ValueError(
             f"--learning_rate must be positive and finite. Received: {FLAGS.learning_rate}."

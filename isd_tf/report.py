@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,7 +92,8 @@ def draw_curves(
     axis.set_xlabel("epoch")
     axis.set_ylabel("1-NN accuracy (%)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    for text in axis.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
     _save(figure, path)
 
 
@@ -105,7 +107,9 @@ def _grid(rows, columns, height):
 
 def _show(axis, view, text="", frame=None):
     axis.imshow(photometric.denormalize(view))
-    axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=7)
+    place = {"transform": axis.transAxes, "ha": "center", "va": "top"}
+    # No name of a class is a formula.
+    axis.text(0.5, -0.04, text, fontsize=7, parse_math=False, **place)
     if frame:
         side = np.array(view.shape[:2]) - 1
         axis.plot(*_box(side), color=frame, linewidth=2, clip_on=False)
@@ -127,5 +131,8 @@ def _save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside and renamed: whoever looks meanwhile sees a whole picture.
     unfinished = path.with_name(f"unfinished-{path.name}")
-    figure.savefig(unfinished, dpi=110)
+    with warnings.catch_warnings():
+        # One for each letter that the font has not: the picture shows a box there.
+        warnings.filterwarnings("ignore", r"Glyph .* missing")
+        figure.savefig(unfinished, dpi=110)
     os.replace(unfinished, path)

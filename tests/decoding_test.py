@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from isd_tf.data import decoding
+from isd_tf.data import decoding, pixels
 
 # Large flat areas, so that the roundings of JPEG decoders stay small.
 SCENE = np.asarray(
@@ -54,9 +54,9 @@ def decode(candidates, unreadable=None, attempts=None):
     unreadable = unreadable or decoding.Unreadable(len(candidates), 1.0)
 
     def load(_):
-        return decoding.decode_first_readable(
+        return decoding.open_first_readable(
             lambda attempt: (source[attempt], tf.strings.format("image {}", attempt), attempt * 10),
-            tf.identity,
+            bytes,
             attempts or len(candidates),
             unreadable,
         )
@@ -115,16 +115,26 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
 
     @tf.function
     def load():
-        return decoding.decode_first_readable(
+        return decoding.open_first_readable(
             lambda attempt: (paths[attempt], paths[attempt], attempt),
-            tf.io.read_file,
+            pixels.read_file,
             2,
             unreadable,
         )
 
     image, _ = load()
     np.testing.assert_array_equal(image, SCENE)
-    assert "gone.png" in caplog.text and "No such file" in caplog.text
+    assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["png", "cmyk jpeg"])
+def test_an_image_of_too_many_pixels_is_unreadable_in_a_graph_and_by_pillow(form, caplog):
+    for limit, expected in ((40 * 30, 0), (40 * 30 - 1, 1)):
+        unreadable = decoding.Unreadable(2, 0.5, decoding.REPLACED, max_pixels=limit)
+        decode([FORMS[form]], unreadable)
+        assert len(unreadable.names) == expected
+    expected = "replaced by the next one: image 0 (40 x 30 pixels, more than --max_pixels=1199)"
+    assert expected in caplog.text
 
 
 def test_too_many_unreadable_images_end_the_pipeline():

@@ -8,6 +8,7 @@ from PIL import Image
 
 import isd_tf
 from isd_tf.data.datasets import ArrayDataset
+from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import features
 
 
@@ -26,10 +27,11 @@ def test_features_are_the_encoders_of_the_evaluation_views(encoder, monkeypatch)
     monkeypatch.setattr(features, "BATCH", 8)
     monkeypatch.setattr(features, "CHUNK", 16)
     data = arrays()
-    values, labels = features.extract(encoder, data, 16)
+    values, labels, rows = features.extract(encoder, data, 16)
     views = isd_tf.augment.evaluation_view(tf.constant(data.images), 16)
     np.testing.assert_allclose(values, encoder(views, training=False), atol=1e-5)
     np.testing.assert_array_equal(labels, data.labels)
+    np.testing.assert_array_equal(rows, np.arange(30))
 
 
 def test_kept_features_are_found_again_and_bit_equal(encoder, tmp_path, monkeypatch):
@@ -44,6 +46,24 @@ def test_kept_features_are_found_again_and_bit_equal(encoder, tmp_path, monkeypa
     again = features.extract(encoder, arrays(), 16, cache=tmp_path)
     np.testing.assert_array_equal(again.values, first.values)
     np.testing.assert_array_equal(again.labels, first.labels)
+
+
+def test_rows_tell_the_images_that_are_left_and_what_has_vanished_is_left_out(encoder, tmp_path):
+    for i in range(6):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * i,) * 3).save(path)
+    train, _ = isd_tf.datasets.load("folder", data_dir=str(tmp_path))
+    whole = features.extract(encoder, train, 16, cache=tmp_path / "kept")
+    os.remove(train.paths[1])
+    os.truncate(train.paths[4], 40)
+    for _ in range(2):  # The second time from the cache.
+        counter = Unreadable(6, 0.5)
+        part = features.extract(encoder, train, 16, counter, tmp_path / "kept")
+        np.testing.assert_array_equal(part.rows, [0, 2, 3, 5])
+        np.testing.assert_array_equal(part.labels, train.labels[part.rows])
+        np.testing.assert_allclose(part.values, whole.values[part.rows], atol=1e-5)
+    assert len(os.listdir(tmp_path / "kept")) == 2
 
 
 def test_other_weights_or_images_are_never_taken_for_those_kept(encoder, tmp_path):

@@ -169,7 +169,8 @@ def test_neighbours_are_those_of_a_stable_sort(k, distinct, ends, monkeypatch):
 @pytest.mark.parametrize(
     ("bank_size", "labels", "feature", "message"),
     [
-        (10, 0, 1.0, "at least 20 examples.*10"),
+        (0, 0, 1.0, "at least 1 examples.*0"),
+        (30, 0, 1.0, "two classes in the bank. Received: one"),
         (30, -1, 1.0, "label for every image of the bank.*30 without"),
         (30, 0, np.nan, "features of x must be finite"),
     ],
@@ -178,6 +179,13 @@ def test_what_cannot_be_scored_is_refused(bank_size, labels, feature, message):
     bank = batches(np.full((bank_size, 2), feature), np.full(bank_size, labels), 8)
     with pytest.raises(ValueError, match=message):
         knn.knn_accuracy({"x": tf.identity}, bank, batches(np.ones((2, 2)), [0, 0], 2))
+
+
+def test_a_bank_too_small_for_many_neighbours_is_searched_for_fewer():
+    bank, labels = np.eye(4)[[0, 1, 2]], np.array([0, 1, 1])
+    data = batches(bank, labels, 2), batches(np.eye(4)[[0, 1, 2]], [0, 1, 0], 2)
+    scores = knn.knn_accuracy({"x": tf.identity}, *data, neighbors=(1, 3, 4))
+    assert scores == {"x_1nn": pytest.approx(2 / 3), "x_3nn": pytest.approx(1 / 3)}
 
 
 def test_no_queries_are_refused():

@@ -221,6 +221,29 @@ def test_the_setting_that_does_best_on_held_out_examples_is_chosen():
     assert choice.accuracies[1e-2] == pytest.approx(expected, abs=0.03)
 
 
+def test_accuracies_stand_beside_the_settings_that_reached_them():
+    """Three that are told apart whatever their order: right in all, half and none of the cases."""
+    dataset = as_dataset(clouds(50, spread=0.01))
+    shares = {0.1: 1.0, 0.2: 0.0, 0.3: 0.5}
+
+    def classifiers_of(part, settings):
+        # A class is right or wrong as a whole: the share is that of CLASSES which are right.
+        fitted = linear.fit(features_of(part), [1e-3])
+        biases = np.repeat(fitted.biases, len(settings), 0)
+        weights = np.repeat(fitted.weights, len(settings), 0)
+        for i, setting in enumerate(settings):
+            order = np.arange(CLASSES)
+            wrong = order[round(shares[setting] * CLASSES) :]
+            order[wrong] = np.roll(wrong, 1)
+            biases[i], weights[i] = biases[i][order], weights[i][:, order]
+        return fitted._replace(weights=weights, biases=biases)
+
+    for settings in ([0.1, 0.2, 0.3], [0.2, 0.3, 0.1], [0.3, 0.1, 0.2]):
+        choice = linear.choose(settings, dataset, classifiers_of, features_of, seed=0)
+        assert choice.chosen == 0.1
+        assert choice.accuracies == pytest.approx(shares)
+
+
 def test_a_setting_that_diverges_is_never_right_and_alone_it_is_refused():
     known = clouds(40)
     batches = [(tf.constant(known.values), tf.constant(known.labels))]

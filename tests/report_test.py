@@ -82,6 +82,17 @@ def test_what_is_written_and_drawn(monkeypatch, tmp_path):
     assert student.get_label() == "a, student" and student.get_color() == teacher.get_color()
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_are_no_formulas_and_missing_letters_cost_no_warnings(tmp_path):
+    views, name = np.array([view(PALETTE[0])]), "$\\frac $x_1$ \N{GRINNING FACE}\N{SNOWMAN}"
+    anchors = views[np.newaxis].repeat(2, 1)
+    found = QueueNeighbors(views, views, anchors, np.ones((1, 2)), np.array([0]), np.zeros((1, 2)))
+    report.draw_neighbors(found, tmp_path / "neighbors.png", (name,))
+    curves = {name: {"student": ([1], [0.1]), "teacher": ([1], [0.3])}}
+    report.draw_curves(curves, tmp_path / "curves.png")
+    assert (pixels_of(tmp_path / "neighbors.png") < 60).all(axis=2).sum() > 100
+
+
 def test_curves_of_student_and_teacher_are_drawn_for_every_run(tmp_path):
     curve = ([4, 8], [0.5, 0.75])
     runs = {f"run {i}": {"student": curve, "teacher": ([4, 8], [0.6, 0.7])} for i in range(3)}

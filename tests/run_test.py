@@ -1,5 +1,6 @@
 """experiments/run.py as users run it: every flag file, kill and continue, and bad input."""
 
+import csv
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from PIL import Image
 
 import isd_tf
 
@@ -252,7 +254,7 @@ def test_unlabelled_images_pretrain_and_export(photos, tmp_path, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "purity" not in results and "student_1nn" not in results
     output = capsys.readouterr().out
-    assert "no labels" in output and "Not evaluated" in output and "SavedModel" in output
+    assert "without labels" in output and "Not evaluated" in output and "SavedModel" in output
 
 
 def test_stages_run_on_their_own(finished, photos, tmp_path):
@@ -263,6 +265,41 @@ def test_stages_run_on_their_own(finished, photos, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"loss", "teacher_1nn", "step"} <= results.keys()
     assert os.listdir(tmp_path / "saved_model") == ["1"]
+
+
+def test_a_check_lists_what_is_odd_and_needs_no_recipe(photos, tmp_path, capsys):
+    folder, workdir = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, folder)
+    (folder / "train/dark/notes.txt").write_text("no image")
+    (folder / "train/dark/3.png").write_bytes(b"")
+    shutil.copy(folder / "train/light/2.png", folder / "val/light/2.png")
+    call("--stages=check", "--dataset=folder", f"--data_dir={folder}", "--image_size=16",
+         f"--workdir={workdir}", "--max_pixels=700")  # fmt: skip
+    output = capsys.readouterr().out
+    assert "train: 24 images of 2 classes, 12 of each. 1 file not read: 1 .txt.\n" in output
+    assert "24 train, 8 test images read, " in output and "modes: " in output
+    with open(workdir / "check.csv", newline="") as file:
+        found = {(f["split"], os.path.relpath(f["image"], folder), f["kind"], f["detail"])
+                 for f in csv.DictReader(file)}  # fmt: skip
+    large = {
+        ("train", f"train/{name}/{i}.png", "unreadable",
+         f"30 x {20 + i} pixels, more than --max_pixels=700")
+        for name in ("dark", "light") for i in range(4, 12)
+    }  # fmt: skip
+    assert found == large | {
+        ("train", "train/dark/3.png", "unreadable", "empty"),
+        ("test", "val/light/2.png", "in train and test", f"same as {folder}/train/light/2.png"),
+    }
+    assert (workdir / "not_read.txt").read_text() == f"{folder}/train/dark/notes.txt\n"
+
+
+def test_a_training_on_black_images_says_that_nothing_was_learned(tmp_path, caplog, capsys):
+    (tmp_path / "black").mkdir()
+    for i in range(16):
+        Image.new("RGB", (20 + i, 30)).save(tmp_path / "black" / f"{i}.png")
+    call(*small_run(tmp_path / "black", tmp_path / "run"), "--epochs=1", "--stages=pretrain")
+    assert "Nothing was learned: all images have nearly the same embedding" in caplog.text
+    assert "--batch_norm=groups:N takes statistics of N parts" in capsys.readouterr().out
 
 
 def test_an_unreadable_image_is_counted(photos, tmp_path, caplog):
@@ -404,6 +441,12 @@ def test_the_untrained_contestant_is_the_student_before_its_first_step():
             ["--batch_norm=groups:3"],
             "--batch_size=4 for 1 replica of 3 groups. Use a multiple of 3",
         ),
+        (
+            ["--batch_norm=groups:4"],
+            "BatchNorm needs two images.*--batch_norm=groups:4. Use a larger",
+        ),
+        (["--stages=check,pretrain"], "a call of its own.*Received: --stages=check,pretrain"),
+        (["--max_pixels=0"], "--max_pixels must be at least 1"),
         (["--compile", "--batch_norm=synchronized"], "XLA cannot compile.*leave --compile out"),
         (["--steps_per_execution=4"], "divide the 6 steps.*Received: 4. Use one of 1, 2, 3, 6"),
         (["--strategy=multi_worker"], "Several workers need TF_CONFIG"),

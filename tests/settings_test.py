@@ -7,6 +7,7 @@ import sys
 import pytest
 from absl import flags
 
+from isd_tf.data import pixels
 from isd_tf.evaluation import linear, transfer
 from isd_tf.networks import encoders, heads
 from isd_tf.training import distribution
@@ -36,6 +37,7 @@ RECIPES = sorted(path.name for path in EXPERIMENTS.glob("*.flags"))
         (settings.FEW_LABELS_LEARNING_RATES, linear.FEW_LABELS_LEARNING_RATES),
         (settings.FEW_LABELS_WEIGHT_DECAYS, linear.FEW_LABELS_WEIGHT_DECAYS),
         ([settings.LINEAR_EPOCHS], [linear.EPOCHS]),
+        ([settings.MAX_PIXELS], [pixels.MAX_PIXELS]),
     ],
 )
 def test_names_and_defaults_are_the_packages(ours, theirs):

@@ -92,15 +92,18 @@ def test_a_fraction_takes_the_same_share_of_every_class(kind, streams):
     np.testing.assert_array_equal(subsets.rows_of_fraction(dataset, 1.0, 0), np.arange(120))
 
 
-def test_a_fraction_that_leaves_a_class_empty_is_refused_with_the_smallest_that_does_not():
-    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.025"):
+def test_a_fraction_that_leaves_a_class_empty_is_refused_with_one_that_works():
+    with pytest.raises(ValueError, match="0.01 of the 20 images of class0.*at least 0.075"):
         subsets.rows_of_fraction(numbered(), 0.01, 0)
-    assert len(subsets.rows_of_fraction(numbered(), 0.025, 0)) == CLASSES
+    # There every class has two, of which one can be held out.
+    rows = subsets.rows_of_fraction(numbered(), 0.075, 0)
+    assert len(rows) == 2 * CLASSES
+    subsets.hold_out(subsets.labels_of(numbered())[rows], 0.2, seed=0)
     # Of many images far less than a hundredth will do.
     large = ArrayDataset("large", np.zeros((700, 1, 1, 3), np.uint8), np.zeros(700, np.int64), ())
-    with pytest.raises(ValueError, match="at least 0.00072"):
+    with pytest.raises(ValueError, match="at least 0.0022"):
         subsets.rows_of_fraction(large, 0.0005, 0)
-    assert len(subsets.rows_of_fraction(large, 0.00072, 0)) == 1
+    assert len(subsets.rows_of_fraction(large, 0.0022, 0)) == 2
 
 
 def test_held_out_rows_are_a_share_of_each_class_and_leave_one():

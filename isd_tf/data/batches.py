@@ -18,7 +18,12 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
-from isd_tf.data.decoding import UNREADABLE_IN_SERVICE, Unreadable, open_first_readable
+from isd_tf.data.decoding import (
+    REPLACED,
+    UNREADABLE_IN_SERVICE,
+    Unreadable,
+    open_first_readable,
+)
 from isd_tf.data.pixels import decode, graph_formats, read_file
 from isd_tf.views import augment, crops
 
@@ -102,12 +107,13 @@ def pretraining_batches(
             f"evenly. Use a multiple of {context.num_replicas_in_sync} as --batch_size."
         )
     replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
+    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     if data_service:
         _require_workers(data_service.address)
-        unreadable = None  # Nobody could count them on another machine.
+        unreadable = Unreadable(
+            len(dataset), 0.0, max_pixels=unreadable.max_pixels, in_service=True
+        )
         context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
-    else:
-        unreadable = unreadable or Unreadable(len(dataset), 0.0)
     order = _Order(
         len(dataset),
         global_batch_size,
@@ -162,10 +168,22 @@ def evaluation_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
     """
+    batches = numbered_batches(dataset, image_size, batch_size, unreadable)
+    return batches.map(_as_it_stands(lambda rows, views, labels: (views, labels)))
+
+
+def numbered_batches(
+    dataset: Dataset, image_size: int, batch_size: int, unreadable: Unreadable | None = None
+) -> tf.data.Dataset:
+    """Makes `evaluation_batches`, and before each one's views says which images they are of.
+
+    Returns:
+        Triples of int64 [b], places in the dataset, and the views and labels.
+    """
     seen = _in_own_order(dataset, _CentreCrop(image_size), unreadable, batch_size)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
-        return augment.normalize(augment.to_unit_range(crops[0])), labels
+        return places, augment.normalize(augment.to_unit_range(crops[0])), labels
 
     return _map(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
 
@@ -219,7 +237,7 @@ def probe_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], `augment.LINEAR`'s views, and int64 [b], labels.
     """
-    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     order = _Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
@@ -362,8 +380,8 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
         look, draws: `look.draws` of n places.
         candidate: which of the n, and the number of an attempt, to a source, a name and a label.
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as in `open_first_readable`; unreadable is None where this runs in a
-            data service's worker, which has no Python: there every image must be readable.
+        attempts, unreadable: as in `open_first_readable`. A data service's workers have no Python:
+            there every image must be readable.
 
     Returns:
         For each view uint8 [n, S, S, 3], labels [n], and bool [n]: whether any could be read.
@@ -376,7 +394,8 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
 
     def look_at(i):
         source, _, label = candidate(i, first)
-        image = decode(tf.io.read_file(source) if is_file else source, formats=formats)
+        encoded = tf.io.read_file(source) if is_file else source
+        image = decode(encoded, unreadable.max_pixels, formats)
         seen = look(image[tf.newaxis], draws[i][tf.newaxis])
         return tuple(x[0] for x in seen), label
 
@@ -400,7 +419,7 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
         return tuple(x[0] for x in seen), label, readable
 
     def each():
-        if unreadable is None:
+        if unreadable.in_service:
             names = tf.map_fn(lambda i: candidate(i, first)[1], tf.range(count), tf.string)
             message = [UNREADABLE_IN_SERVICE, tf.strings.reduce_join(names, separator=", ")]
             with tf.control_dependencies([tf.debugging.Assert(False, message, summarize=-1)]):

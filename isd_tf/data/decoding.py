@@ -5,6 +5,7 @@ the next candidate, counted and named in the log, so that no later batch shifts.
 """
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,13 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.data.pixels import open_image
+from isd_tf.data import pixels
+from isd_tf.data.folders import shown
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
+# What becomes of an unreadable image: in training, in evaluations.
+REPLACED, LEFT_OUT = "replaced by the next one", "left out"
 
 
 class Unreadable:
@@ -25,27 +29,48 @@ class Unreadable:
     Args:
         total: images in the dataset.
         limit: largest share of `total` that may be unreadable.
+        fate: what becomes of them, for the log: REPLACED or LEFT_OUT.
+        max_pixels: an image of more, width times height, counts as unreadable.
+        in_service: whether a data service reads, in whose processes nothing can be counted: there
+            the first one ends the training.
     """
 
-    def __init__(self, total: int, limit: float):
+    def __init__(
+        self,
+        total: int,
+        limit: float,
+        fate: str = LEFT_OUT,
+        max_pixels: int = pixels.MAX_PIXELS,
+        in_service: bool = False,
+    ):
         self.total = total
         self.limit = limit
+        self.fate = fate
+        self.max_pixels = max_pixels
+        self.in_service = in_service
         self.names: set[str] = set()
         self._lock = threading.Lock()
+
+    @property
+    def readable(self) -> int:
+        """Images that are left, as far as they have been read."""
+        return self.total - len(self.names)
 
     def add(self, name: str, reason: str) -> None:
         """Counts and logs an unreadable image; raises ValueError when they are too many."""
         with self._lock:
             if name not in self.names:
                 self.names.add(name)
-                logging.warning("Unreadable image, replaced by the next one: %s (%s)", name, reason)
+                logging.warning(
+                    "Unreadable image, %s: %s (%s)", self.fate, shown(name), shown(reason)
+                )
         self.check()
 
     def check(self) -> None:
         """Raises ValueError when more than the allowed share of the images is unreadable."""
         count = len(self.names)
         if count > self.limit * self.total or count == self.total:
-            some = ", ".join(sorted(self.names)[:3])
+            some = ", ".join(map(shown, sorted(self.names)[:3]))
             raise ValueError(
                 f"At most {self.limit:.1%} of the images may be unreadable. Received: "
                 f"{count} of {self.total}, for example {some}. "
@@ -84,7 +109,7 @@ def open_first_readable(
 
     Args:
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read: source to encoded bytes; may fail, as opening may.
+        read: source to encoded bytes; says why not by pixels.UnreadableImage.
         attempts: how many candidates there are.
         unreadable: where failures are reported.
 
@@ -93,10 +118,12 @@ def open_first_readable(
     """
 
     def open_or_report(source, name):
+        name = os.fsdecode(name)
         try:
-            return np.asarray(open_image(read(source)))
-        except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
-            unreadable.add(name.decode(errors="replace"), str(error) or type(error).__name__)
+            encoded = read(source)
+            return np.asarray(pixels.open_image(encoded, shown(name), unreadable.max_pixels))
+        except pixels.UnreadableImage as error:
+            unreadable.add(name, str(error))
             return np.zeros([0, 0, 3], np.uint8)
 
     def attempt(number):

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from isd_tf.data import datasets, lists
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset
+from isd_tf.data.folders import shown
 
 # The lists of the paper's unbalanced study name so many large classes first.
 LISTED_LARGE_CLASSES = 8
@@ -67,16 +68,20 @@ def rows_of_fraction(dataset: Dataset, fraction: float, seed: int) -> np.ndarray
         if wanted == 0:
             raise ValueError(
                 f"Every class needs a labelled image. Received: {fraction:g} of the {count} images "
-                f"of {_class_name(dataset, label)} in {dataset.name}, which is none. Use at least "
-                f"{_smallest_fraction(labels):g}."
+                f"of {shown(_class_name(dataset, label))} in {dataset.name}, which is none. Use at "
+                f"least {_smallest_fraction(labels):g}, which leaves one also to choose by."
             )
         rows.append(random.permutation(np.flatnonzero(labels == label))[:wanted])
     return np.sort(np.concatenate(rows))
 
 
 def _smallest_fraction(labels):
-    """That leaves every class an image, rounded up to two digits."""
-    least = 0.5 / np.unique(labels, return_counts=True)[1].min()
+    """That leaves every class an image, and some class two if it has them, to hold one out.
+
+    Rounded up to two digits.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    least = max(0.5 / counts.min(), min(1.5 / counts.max(), 1.0))
     scale = 10.0 ** (1 - np.floor(np.log10(least)))
     return np.ceil(least * scale - 1e-9) / scale
 
@@ -106,8 +111,8 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     if not len(held_out):
         raise ValueError(
             "Choosing hyper-parameters needs a class with two labelled examples. Received: one of "
-            f"each of {len(fit)} classes. Use more labels, or name a single learning rate and "
-            "weight decay."
+            f"each of {len(fit)} classes. Use more labels, such as a --label_fraction that leaves "
+            "a class two, or name a single --linear_learning_rates and --linear_weight_decays."
         )
     return fit, held_out
 
@@ -157,7 +162,7 @@ def unbalance(
         if len(own) < images:
             raise ValueError(
                 f"A rare class needs {images} training images. Received: {len(own)} of "
-                f"{_class_name(train, label)} in {train.name}. Ask for fewer."
+                f"{shown(_class_name(train, label))} in {train.name}. Ask for fewer."
             )
         rows.append(random.permutation(own)[:images])
     return _restrict(train, test, labels, classes, np.concatenate(rows), large)

@@ -13,7 +13,7 @@ class Clusters(NamedTuple):
     """A partition of N examples, and its scores where labels are known."""
 
     assignments: np.ndarray  # int [N], a cluster each
-    scores: dict[str, float]  # purity, nmi, ari; empty without labels
+    scores: dict[str, float]  # purity, nmi, ari; empty without two classes to compare with
 
 
 def cluster(features: Features, count: int, seed: int) -> Clusters:
@@ -37,7 +37,7 @@ def cluster(features: Features, count: int, seed: int) -> Clusters:
         )
     kmeans = sklearn.cluster.KMeans(count, n_init=1, random_state=seed, copy_x=False)
     assignments = kmeans.fit_predict(unit_rows(features.values))
-    known = features.labels.min() >= 0
+    known = features.labels.min() >= 0 and len(np.unique(features.labels)) > 1
     return Clusters(assignments, score(assignments, features.labels) if known else {})
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data import datasets
-from isd_tf.data.batches import evaluation_batches
+from isd_tf.data.batches import numbered_batches
 from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset
 from isd_tf.data.decoding import Unreadable
 
@@ -28,6 +28,7 @@ class Features(NamedTuple):
 
     values: np.ndarray  # float32 [N, C]
     labels: np.ndarray  # int64 [N], -1 where unknown
+    rows: np.ndarray | None = None  # int64 [N], which of the dataset's images these are of
 
 
 def extract(
@@ -45,7 +46,8 @@ def extract(
         image_size: side S of the evaluation views in pixels.
         unreadable: counts images that cannot be read, which are left out.
         cache: a folder for features, or None. They are found again by the digest of the weights and
-            of the images (of files: names, sizes, times and inodes), whatever folders are called.
+            of the images (of files: names, sizes, times, inodes and permissions), whatever folders
+            are called.
 
     Raises:
         ValueError: for images of another size than the encoder takes, features that are not
@@ -56,30 +58,32 @@ def extract(
     def compute():
         if not len(dataset):
             raise ValueError(f"There are no images in {dataset.name}.")
-        batches = evaluation_batches(dataset, image_size, BATCH, unreadable)
-        for values, labels in in_chunks({encoder.name: encoder}, batches, CHUNK):
-            yield values[encoder.name], labels
+        batches = numbered_batches(dataset, image_size, BATCH, unreadable)
+        known = ((views, np.stack([labels, rows], 1)) for rows, views, labels in batches)
+        for values, labels_and_rows in in_chunks({encoder.name: encoder}, known, CHUNK):
+            yield values[encoder.name], labels_and_rows
 
     if cache is None:
-        return Features(*(np.concatenate(parts) for parts in zip(*compute(), strict=True)))
+        values, known = (np.concatenate(parts) for parts in zip(*compute(), strict=True))
+        return Features(values, *known.T)
 
     place = pathlib.Path(cache) / key(encoder, dataset, image_size)
     if not place.exists():
         unfinished = place.with_name(f"unfinished-{place.name}-{os.getpid()}")
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            labels = []
+            known = []
             with open(unfinished / "values.float32", "wb") as file:
-                for values, chunk_labels in compute():
+                for values, labels_and_rows in compute():
                     file.write(values.tobytes())
-                    labels.append(chunk_labels)
-            np.save(unfinished / "labels.npy", np.concatenate(labels))
+                    known.append(labels_and_rows)
+            np.save(unfinished / "labels_and_rows.npy", np.concatenate(known))
             unfinished.rename(place)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    labels = np.load(place / "labels.npy")
+    labels, rows = np.load(place / "labels_and_rows.npy").T
     values = np.memmap(place / "values.float32", np.float32, mode="r")
-    return Features(values.reshape(len(labels), -1), labels)
+    return Features(values.reshape(len(labels), -1), labels, rows)
 
 
 def in_chunks(
@@ -90,7 +94,7 @@ def in_chunks(
     Args:
         encoders: by name, functions from images [b, S, S, 3] to features [b, C]. Keras models are
             called in inference mode.
-        batches: pairs of images [b, S, S, 3] and labels [b].
+        batches: pairs of images [b, S, S, 3] and labels [b], or whatever is known of each image.
         size: examples in a chunk, rounded up to whole batches.
 
     Yields:
@@ -140,7 +144,10 @@ def require_labels(labels: np.ndarray, what: str) -> None:
 
 
 def require_classes(labels: np.ndarray, known: np.ndarray, what: str) -> None:
-    """Raises ValueError unless every class of `labels` is also in `known`, those of `what`."""
+    """Raises ValueError unless every class of `labels` is also in `known`, those of `what`.
+
+    And where `known` are of one class, as there is nothing to tell apart.
+    """
     missing = np.setdiff1d(labels, known)
     if len(missing):
         raise ValueError(
@@ -148,22 +155,30 @@ def require_classes(labels: np.ndarray, known: np.ndarray, what: str) -> None:
             f"{len(missing)} classes, the label {missing[0]} first. Add some, or leave these "
             "classes out of the test images."
         )
+    if len(np.unique(known)) < 2:
+        raise ValueError(f"A score needs two classes in the {what}. Received: one. Add another.")
 
 
 def key(encoder: keras.Model, dataset: Dataset, image_size: int) -> str:
     """Names features by all that they depend on: weights, images and their size.
 
-    Of files, names, sizes, times and inodes stand for the images: a folder may be called
-    otherwise, and another folder of equally called files is never taken for it.
+    Of files, names, sizes, times, inodes and permissions stand for the images: a folder may be
+    called otherwise, and another folder of equally called files is never taken for it.
     """
-    digest = hashlib.sha256(datasets.fingerprint(dataset).encode())
+    digest = hashlib.sha256(f"labels and rows {datasets.fingerprint(dataset)}".encode())
     if not isinstance(dataset, ArrayDataset):
         # A fingerprint knows files by their names alone.
         for path in dataset.paths if isinstance(dataset, FileDataset) else dataset.files:
-            status = os.stat(path)
-            identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-            digest.update(repr(identity).encode())
+            digest.update(repr(_identity(path)).encode())
     return f"{weights_digest(encoder)}-{digest.hexdigest()[:16]}-{image_size}"
+
+
+def _identity(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # Unreadable as others are: it has no features.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
 
 
 def weights_digest(encoder: keras.Model) -> str:

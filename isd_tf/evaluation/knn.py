@@ -46,7 +46,7 @@ def knn_accuracy(
         encoders: by name, functions from normalised images [b, S, S, 3] to features [b, C].
         bank: batches of (images [b, S, S, 3], labels [b]).
         queries: the same.
-        neighbors: values of k.
+        neighbors: values of k; what is larger than the bank is left out.
         rare_labels: labels whose queries are also scored on their own.
 
     Returns:
@@ -55,7 +55,7 @@ def knn_accuracy(
 
     Raises:
         ValueError: when there are no queries, labels are unknown, the bank has fewer examples than
-            the largest k or none of a query's class, or features are not finite.
+            the smallest k, one class or none of a query's, or features are not finite.
 
     Source: protocol of UMBCvision/ISD eval_knn.py.
     """
@@ -79,9 +79,9 @@ def knn_accuracy(
             search.add(unit_rows(chunk_features[name]))
         bank_labels.append(chunk_labels)
     bank_labels = np.concatenate(bank_labels) if bank_labels else np.zeros(0, np.int64)
-    if len(bank_labels) < max(neighbors):
+    if len(bank_labels) < min(neighbors):
         raise ValueError(
-            f"The bank must have at least {max(neighbors)} examples for {max(neighbors)}-NN. "
+            f"The bank must have at least {min(neighbors)} examples for {min(neighbors)}-NN. "
             f"Received: {len(bank_labels)}."
         )
     require_classes(labels, bank_labels, "bank")
@@ -89,7 +89,7 @@ def knn_accuracy(
     scores = {}
     for name, search in searches.items():
         neighbor_labels = bank_labels[search.rows]  # [Q, k], nearest first
-        for k in neighbors:
+        for k in (k for k in neighbors if k <= len(bank_labels)):
             right = majority(neighbor_labels[:, :k]) == labels
             scores[f"{name}_{k}nn"] = float(np.mean(right))
             if is_rare.any():

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from isd_tf.data.batches import numbered_views, pretraining_batches
 from isd_tf.data.datasets import Dataset
-from isd_tf.data.decoding import Unreadable, explaining
+from isd_tf.data.decoding import REPLACED, Unreadable, explaining
 from isd_tf.methods.feature_queue import UNKNOWN_LABEL
 from isd_tf.methods.student_teacher import StudentTeacher
 from isd_tf.views import augment
@@ -57,6 +57,7 @@ def find(
 
     Source: paper figure 1.
     """
+    unreadable = unreadable or Unreadable(len(train), 0.0, REPLACED)
     size, step = model.queue.size, int(model.step.numpy())
     enqueued = step * global_batch_size
     if enqueued < size:
@@ -64,7 +65,9 @@ def find(
             f"The queue must be full of images. Received: {enqueued} after step {step}, of {size}. "
             "Train on, or use a smaller --queue_size."
         )
-    query_views, other_views, query_labels = _two_views(queries, views, image_size, seed)
+    query_views, other_views, query_labels = _two_views(
+        queries, views, image_size, seed, unreadable.max_pixels
+    )
     embeddings = _embed(model, query_views)  # [Q, D]
     similarities = tf.matmul(embeddings, model.queue.read_anchors(), transpose_b=True)  # [Q, K]
     best = tf.math.top_k(tf.nn.softmax(similarities / temperature), min(neighbors, size))
@@ -104,9 +107,9 @@ def find(
     )
 
 
-def _two_views(queries, views, image_size, seed):
+def _two_views(queries, views, image_size, seed, max_pixels):
     """Draws a view for the teacher and one for the student of each query, by its number."""
-    unreadable, read = Unreadable(len(queries), 1), []
+    unreadable, read = Unreadable(len(queries), 1, max_pixels=max_pixels), []
     with explaining([unreadable]):
         for *pair, label in numbered_views(queries, views, image_size, seed, unreadable):
             read.append([*map(augment.finish, pair), label])

@@ -122,7 +122,10 @@ def evaluate(
     training, validation = features_of(splits.training), features_of(splits.validation)
     accuracies = METRICS[metric](linear.fit(training, list(l2_values)), validation)
     best = max(range(len(l2_values)), key=lambda i: (accuracies[i], l2_values[i]))
-    both = Features(*(np.concatenate(pair) for pair in zip(training, validation, strict=True)))
+    both = Features(
+        np.concatenate([training.values, validation.values]),
+        np.concatenate([training.labels, validation.labels]),
+    )
     classifiers = linear.fit(both, [l2_values[best]])
     accuracy = METRICS[metric](classifiers, features_of(splits.test))
     tried = dict(zip(l2_values, map(float, accuracies), strict=True))
