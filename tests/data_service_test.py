@@ -107,15 +107,15 @@ def fingerprint(batch):
 def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind):
     dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
-    batches = take(dataset, 60, service, **settings)
+    batches = take(dataset, 150, service, **settings)
     for view, recipe in (("teacher_view", "weak"), ("student_view", "strong")):
         crops, seeds = batches[0][view][recipe]
         assert crops.shape == (BATCH, SIZE, SIZE, 3) and seeds.shape == (BATCH, 2)
     # Bit for bit. Here and there the service is ahead of the local pipeline.
-    local = {fingerprint(batch): i for i, batch in enumerate(take(dataset, 120, **settings))}
+    local = {fingerprint(batch): i for i, batch in enumerate(take(dataset, 400, **settings))}
     steps = [local[fingerprint(batch)] for batch in batches]
-    assert len(set(steps)) == 60
-    # 5 steps an epoch. What one worker began with, it has handed over when 60 are there.
+    assert len(set(steps)) == 150
+    # 5 steps an epoch. What one worker began with, it has handed over when 150 are there.
     assert set(range(20)) <= set(steps)
 
 

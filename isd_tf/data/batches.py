@@ -418,12 +418,17 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
         )
         return tuple(x[0] for x in seen), label, readable
 
+    def can_be_read(i):
+        one = tf.data.Dataset.from_tensors(i).map(_as_it_stands(look_at)).ignore_errors()
+        return one.reduce(False, _as_it_stands(lambda *_: True))
+
     def each():
         if unreadable.in_service:
-            names = tf.map_fn(lambda i: candidate(i, first)[1], tf.range(count), tf.string)
-            message = [UNREADABLE_IN_SERVICE, tf.strings.reduce_join(names, separator=", ")]
-            with tf.control_dependencies([tf.debugging.Assert(False, message, summarize=-1)]):
-                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
+            fine = tf.map_fn(can_be_read, tf.range(count), fn_output_signature=tf.bool)
+            _, name, _ = candidate(tf.argmin(tf.cast(fine, tf.int32)), first)
+            message = [UNREADABLE_IN_SERVICE, name]
+            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
+                return tf.nest.map_structure(tf.identity, (seen, labels, fine))
         types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
