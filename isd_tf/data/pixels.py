@@ -364,13 +364,18 @@ def _decode(encoded, max_pixels, formats):
             lambda: image[:, ::-1],
             lambda: image[::-1, ::-1],
             lambda: image[::-1],
-            lambda: tf.transpose(image, [1, 0, 2]),
-            lambda: tf.transpose(image[::-1], [1, 0, 2]),
-            lambda: tf.transpose(image[::-1, ::-1], [1, 0, 2]),
-            lambda: tf.transpose(image[:, ::-1], [1, 0, 2]),
+            lambda: _transposed(image),
+            lambda: _transposed(image[::-1]),
+            lambda: _transposed(image[::-1, ::-1]),
+            lambda: _transposed(image[:, ::-1]),
         ],
     )
     return tf.ensure_shape(upright, [None, None, 3])
+
+
+def _transposed(image):
+    # Of uint8, oneDNN complains that it cannot transpose it.
+    return tf.cast(tf.transpose(tf.cast(image, tf.float32), [1, 0, 2]), tf.uint8)
 
 
 def _choose(condition, branch, otherwise):

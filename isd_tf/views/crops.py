@@ -153,8 +153,9 @@ def _resample(images, starts, steps, firsts, ends, size):
     pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
     """
     count = tf.shape(images)[0]
+    levels = tf.cast(images, tf.float32)  # Of uint8, oneDNN complains that it cannot transpose it.
     for axis in (1, 0):  # Across first, as Pillow does with few exceptions.
-        lines = tf.transpose(images, [0, 2, 1, 3])  # this axis first
+        lines = tf.transpose(levels, [0, 2, 1, 3])  # this axis first
         length, other = tf.shape(lines)[1], tf.shape(lines)[2]
         window, weights = _blocks(
             *(values[:, axis] for values in (starts, steps, firsts, ends)), size
@@ -163,11 +164,10 @@ def _resample(images, starts, steps, firsts, ends, size):
         window = tf.broadcast_to(window, [count, blocks * taps])
         weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
         lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
-        lines = tf.cast(tf.reshape(lines, [count * blocks, taps, other * 3]), tf.float32)
+        lines = tf.reshape(lines, [count * blocks, taps, other * 3])
         sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
-        levels = tf.cast(sums + 0.5, tf.uint8)
-        images = tf.reshape(levels, [count, blocks * BLOCK, other, 3])[:, :size]
-    return tf.ensure_shape(images, [None, size, size, 3])
+        levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
+    return tf.ensure_shape(tf.cast(levels, tf.uint8), [None, size, size, 3])
 
 
 def _blocks(start, step, first, end, size):
