@@ -153,9 +153,11 @@ def _resample(images, starts, steps, firsts, ends, size):
     pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
     """
     count = tf.shape(images)[0]
-    levels = tf.cast(images, tf.float32)  # Of uint8, oneDNN complains that it cannot transpose it.
+    levels = tf.cast(images, tf.float32)
     for axis in (1, 0):  # Across first, as Pillow does with few exceptions.
-        lines = tf.transpose(levels, [0, 2, 1, 3])  # this axis first
+        # This axis first. The scale belongs to the weights. Here it keeps TensorFlow from
+        # transposing before the cast, as uint8, of which oneDNN complains in every run's output.
+        lines = tf.transpose(levels * 2**-WEIGHT_BITS, [0, 2, 1, 3])
         length, other = tf.shape(lines)[1], tf.shape(lines)[2]
         window, weights = _blocks(
             *(values[:, axis] for values in (starts, steps, firsts, ends)), size
@@ -174,7 +176,7 @@ def _blocks(start, step, first, end, size):
     """Antialiased bilinear weights along one axis, for blocks of outputs; arguments [B].
 
     Returns the inputs of each block, int32 [B, blocks * taps], and what they weigh in each of its
-    outputs, float32 [B, blocks, BLOCK, taps].
+    outputs, float32 [B, blocks, BLOCK, taps], in units of 2^-WEIGHT_BITS.
     """
     blocks = -(-size // BLOCK)
     # Pillow's triangle reaches one output pixel to each side, but never less than an input pixel.
@@ -192,6 +194,6 @@ def _blocks(start, step, first, end, size):
     weights = tf.where((inputs >= first) & (inputs < end), weights, 0.0)
     # Of outputs beyond the last, which fill its block, nothing may weigh.
     weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=3, keepdims=True))
-    weights = tf.round(weights * 2**WEIGHT_BITS) * 2**-WEIGHT_BITS
+    weights = tf.round(weights * 2**WEIGHT_BITS)
     window = tf.cast(tf.clip_by_value(inputs, first, end - 1), tf.int32)
     return tf.reshape(window, [-1, blocks * tf.size(taps)]), weights
