@@ -88,9 +88,10 @@ def assert_close(ours, theirs, tolerance):
 
 
 def test_one_device_two_devices_and_two_processes_train_the_same(train):
-    """24 steps with views, float64, synchronised BatchNorm; losses of 3.4 down to 2.5 nats."""
+    """24 steps with views, float64, synchronised BatchNorm."""
     (one,), (mirrored,), workers = train("one"), train("mirrored"), train("multi_worker")
-    assert len(one["losses"]) == 24 and one["losses"][-1] < 0.8 * one["losses"][0]
+    # Steps that differ from each other, so that their equality below says something.
+    assert len(one["losses"]) == 24 and np.ptp(one["losses"]) > 1
     pointer = [name for name in one.files if name.endswith(":queue/pointer")]
     assert [int(one[name]) for name in pointer] == [24 * 8 % 37]
     assert_close(mirrored, one, tolerance=1e-12)

@@ -370,7 +370,12 @@ def _in_own_order(dataset, look, unreadable, batch_size):
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
 
-    return _map(sources.enumerate().batch(GROUP), look_at_group)
+    return _map(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
+
+
+def _group_size(unreadable):
+    """Images that are looked at together; in a data service one, to name the unreadable one."""
+    return 1 if unreadable.in_service else GROUP
 
 
 def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
@@ -418,17 +423,11 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
         )
         return tuple(x[0] for x in seen), label, readable
 
-    def can_be_read(i):
-        one = tf.data.Dataset.from_tensors(i).map(_as_it_stands(look_at)).ignore_errors()
-        return one.reduce(False, _as_it_stands(lambda *_: True))
-
     def each():
         if unreadable.in_service:
-            fine = tf.map_fn(can_be_read, tf.range(count), fn_output_signature=tf.bool)
-            _, name, _ = candidate(tf.argmin(tf.cast(fine, tf.int32)), first)
-            message = [UNREADABLE_IN_SERVICE, name]
+            message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
             with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-                return tf.nest.map_structure(tf.identity, (seen, labels, fine))
+                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
         types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
@@ -519,7 +518,7 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(GROUP)
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
 
     def look_at_group(places):  # [n]
         def candidate(i, attempt):
@@ -578,7 +577,7 @@ def _record_images(dataset, order, look, unreadable):
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    return _map(windows.batch(GROUP), look_at_group)
+    return _map(windows.batch(_group_size(unreadable)), look_at_group)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
