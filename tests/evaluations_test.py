@@ -406,7 +406,7 @@ def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path,
     results = results_of(tmp_path)
     assert_documented(results)
     output = capsys.readouterr().out
-    assert "20 images, 2 classes" in output and "among 24:" in output
+    assert "20 images of 2 classes" in output and "among 24:" in output
     for encoder in ("raw_pixels", "untrained", "student", "teacher"):
         for k in (1, 20):
             assert 0 <= results[f"{encoder}_{k}nn_rare"] <= 1

@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "tensorflow" in json.loads((finished / "versions.json").read_text())
     assert os.listdir(finished / "saved_model") == ["1"]
     output = (finished / "output.txt").read_text()
-    assert "24 images, 2 classes" in output
+    assert "24 images of 2 classes, 12 of each" in output
     assert "Epoch 4/4: " in output
     for line in ("raw pixels", "untrained", "student", "teacher", "1-NN", "images_per_second"):
         assert line in output
