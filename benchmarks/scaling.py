@@ -161,7 +161,7 @@ class Machines(NamedTuple):
 
 
 # Two 224x224 crops from a JPEG: docs/performance.md, make benchmark ONLY=views_224_host.
-PAIRS_PER_CORE = 350
+PAIRS_PER_CORE = 234
 VIEW_PASSES = 20  # over float32 views on the device, about: docs/performance.md, section 4
 IMAGES = 1_281_167  # of ImageNet's train split
 IMAGE_BYTES = 110_000  # an ImageNet JPEG, on average
