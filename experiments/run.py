@@ -452,7 +452,13 @@ def export(run):
     folder = run.workdir / "saved_model"
     workdirs.remove_unfinished(folder)
     try:
-        path = isd_tf.export_encoder(run.encoder(FLAGS.export_encoder), FLAGS.image_size, folder)
+        path = isd_tf.export_encoder(
+            run.encoder(FLAGS.export_encoder),
+            FLAGS.image_size,
+            folder,
+            max_pixels=FLAGS.max_pixels,
+            about={"exported": FLAGS.export_encoder} | workdirs.about(run.workdir),
+        )
     except Exception as error:
         return [program.failure("The export", error)]
     say(f"SavedModel of the {FLAGS.export_encoder}: {path}")

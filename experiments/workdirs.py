@@ -91,6 +91,14 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
         write_json(path, {k: v for k, v in results.items() if not k.startswith(prefix)})
 
 
+def about(workdir: pathlib.Path) -> dict:
+    """What a model card tells of a run: its recipe, images, versions and scores."""
+    files = {"data": "dataset.json", "versions": "versions.json", "scores": "results.json"}
+    found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
+    recipe = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
+    return {"recipe": recipe} | {name: json.loads(path.read_text()) for name, path in found.items()}
+
+
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Writes a JSON file beside its place and renames it: whoever reads it finds it whole."""
     unfinished = path.with_name(f"{path.name}.unfinished")

@@ -1,12 +1,18 @@
+import hashlib
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+import skimage.data
 import tensorflow as tf
+from PIL import ExifTags, Image
+from tensorflow_serving.apis import prediction_log_pb2
 
 import isd_tf
 from isd_tf.views import augment
@@ -31,35 +37,153 @@ def model():
 
 @pytest.fixture(scope="module")
 def saved_model(model, tmp_path_factory):
-    return isd_tf.export_encoder(model.student_encoder, SIZE, tmp_path_factory.mktemp("models"))
+    return isd_tf.export_encoder(
+        model.student_encoder,
+        SIZE,
+        tmp_path_factory.mktemp("models"),
+        max_pixels=1_000_000,
+        about={"scores": {"student_1nn": 0.5}},
+    )
 
 
-def run_c_api(saved_model, images, tmp_path):
-    np.save(tmp_path / "images.npy", images)
-    command = [sys.executable, str(RUNNER), saved_model, "serving_default"]
-    return subprocess.run(
-        [*command, str(tmp_path / "images.npy"), str(tmp_path / "features.npy")],
+def run_c_api(saved_model, signature, source, tmp_path):
+    """The outputs of a signature for an array, or for the files of a folder; or what failed."""
+    if isinstance(source, np.ndarray):
+        np.save(tmp_path / "input.npy", source)
+        source = tmp_path / "input.npy"
+    command = [sys.executable, str(RUNNER), saved_model, signature, str(source)]
+    result = subprocess.run(
+        [*command, str(tmp_path / "outputs.npz")],
         capture_output=True,
         text=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
     )
+    return dict(np.load(tmp_path / "outputs.npz")) if result.returncode == 0 else result
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 70, 45), (1, 20, 33), (1, 300, 200)])
+def assert_represents(outputs, model, views):
+    expected = model.student_encoder(views, training=False).numpy()
+    np.testing.assert_allclose(outputs["features"], expected, rtol=1e-4, atol=1e-5)
+    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(outputs["embedding"], unit, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Real photographs in every format, upright or not, and what is none: "bad" in its name."""
+    folder = tmp_path_factory.mktemp("files")
+    coffee = Image.fromarray(skimage.data.coffee()).resize((90, 60))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    coffee.save(folder / "a.jpg", exif=turned)
+    (folder / "b_bad_cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900])
+    transparent = coffee.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(coffee.size))
+    transparent.save(folder / "c.png")
+    (folder / "d_bad_empty.png").write_bytes(b"")
+    coffee.save(folder / "e.webp", quality=90)
+    coffee.save(folder / "f.gif")
+    coffee.save(folder / "g.bmp")
+    (folder / "h_bad_text.jpg").write_bytes(b"no image, but long enough to look into")
+    coffee.resize((SIZE, SIZE)).convert("L").save(folder / "i.png")
+    coffee.resize((1200, 1000)).save(folder / "j_bad_large.jpg")
+    return folder
+
+
+def test_files_are_served_as_the_evaluation_sees_them(model, saved_model, files, tmp_path):
+    outputs = run_c_api(saved_model, "serving_bytes", files, tmp_path)
+    good = np.array(["bad" not in path.name for path in sorted(files.iterdir())])
+    np.testing.assert_array_equal(outputs["valid"], good)
+    assert not outputs["features"][~good].any() and not outputs["embedding"][~good].any()
+    for path in files.iterdir():
+        if "bad" not in path.name:
+            os.link(path, tmp_path / path.name)
+    train, _ = isd_tf.datasets.load("folder", "train", None, tmp_path)
+    ((views, _),) = isd_tf.evaluation_batches(train, SIZE, len(train))
+    assert_represents({name: rows[good] for name, rows in outputs.items()}, model, views)
+
+
+def test_a_strict_request_fails_by_one_file_and_names_it(model, saved_model, files, tmp_path):
+    result = run_c_api(saved_model, "serving_bytes_strict", files, tmp_path)
+    assert result.returncode == 1
+    assert "TF_Code 3" in result.stderr and "at most 1000000 pixels" in result.stderr
+    assert "counted from 0:] [1 3 7" in result.stderr
+    (tmp_path / "good").mkdir()
+    os.link(files / "g.bmp", tmp_path / "good" / "g.bmp")
+    outputs = run_c_api(saved_model, "serving_bytes_strict", tmp_path / "good", tmp_path)
+    views = augment.evaluation_view(np.asarray(Image.open(files / "g.bmp"))[np.newaxis], SIZE)
+    assert_represents(outputs, model, views)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 70, 45), (1, 20, 33)])
 def test_tf_servings_loader_gives_the_encoders_features(model, saved_model, shape, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
-    result = run_c_api(saved_model, images, tmp_path)
-    assert result.returncode == 0, result.stderr
-    served = np.load(tmp_path / "features.npy")
-    views = augment.evaluation_view(tf.constant(images), SIZE)
-    expected = model.student_encoder(views, training=False)
-    np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-5)
+    outputs = run_c_api(saved_model, "serving_default", images, tmp_path)
+    assert_represents(outputs, model, augment.evaluation_view(tf.constant(images), SIZE))
 
 
-def test_an_image_without_batch_axis_is_an_error_and_no_crash(saved_model, tmp_path):
-    result = run_c_api(saved_model, np.zeros((32, 32, 3), np.uint8), tmp_path)
+def test_encode_takes_finished_views(model, saved_model, tmp_path):
+    views = np.random.default_rng(1).normal(size=(3, SIZE, SIZE, 3)).astype(np.float32)
+    assert_represents(run_c_api(saved_model, "encode", views, tmp_path), model, views)
+
+
+@pytest.mark.parametrize(
+    "signature, value, reason",
+    [
+        ("serving_default", np.zeros((32, 32, 3), np.uint8), "shape"),
+        ("serving_default", np.zeros((1, 0, 5, 3), np.uint8), "must have pixels.*0 5"),
+        ("serving_default", np.zeros((1, 32, 32, 4), np.uint8), "shape"),
+        ("serving_default", np.zeros((0, 40, 40, 3), np.uint8), "needs images. Received none"),
+        ("encode", np.zeros((1, 16, 16, 3), np.float32), "shape"),
+        ("encode", np.zeros((0, SIZE, SIZE, 3), np.float32), "needs images. Received none"),
+    ],
+)
+def test_what_is_no_image_is_refused_without_a_crash(
+    saved_model, signature, value, reason, tmp_path
+):
+    result = run_c_api(saved_model, signature, value, tmp_path)
     assert result.returncode == 1  # Not a signal: the server lives on.
-    assert "TF_Code 3" in result.stderr
+    assert re.search(f"TF_Code 3: .*({reason})", result.stderr)
+
+
+def test_a_classifier_is_served_with_its_classes(model, files, tmp_path):
+    classifier = keras.Sequential([keras.Input((32,)), keras.layers.Dense(3)])
+    names = ["cat", "Käse", "dog"]
+    path = isd_tf.export_encoder(model.student_encoder, SIZE, tmp_path, classifier, names)
+    outputs = run_c_api(path, "classify", files, tmp_path)
+    features = run_c_api(path, "serving_bytes", files, tmp_path)["features"]
+    kernel, bias = (weight.numpy() for weight in classifier.weights)
+    logits = features @ kernel + bias
+    expected = np.exp(logits - logits.max(1, keepdims=True))
+    expected *= outputs["valid"][:, np.newaxis] / expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(outputs["scores"], expected, atol=1e-5)
+    assert [name.decode() for name in outputs["classes"][0]] == names
+    assert outputs["classes"].shape == outputs["scores"].shape
+    with pytest.raises(ValueError, match="3 classes needs as many class_names. Received: 2"):
+        isd_tf.export_encoder(model.student_encoder, SIZE, tmp_path, classifier, names[:2])
+
+
+def test_warm_up_requests_are_answered_and_name_every_signature(model, saved_model, tmp_path):
+    records = tf.data.TFRecordDataset(f"{saved_model}/assets.extra/tf_serving_warmup_requests")
+    signatures, loaded = [], tf.saved_model.load(saved_model)
+    for record in records.as_numpy_iterator():
+        log = prediction_log_pb2.PredictionLog.FromString(record)
+        request = log.predict_log.request
+        ((name, proto),) = request.inputs.items()
+        serve = loaded.signatures[request.model_spec.signature_name]
+        outputs = serve(**{name: tf.constant(tf.make_ndarray(proto))})
+        assert len(outputs["features"]) == 1 and np.all(outputs.get("valid", True))
+        signatures.append(request.model_spec.signature_name)
+    assert signatures == ["serving_default", "serving_bytes", "serving_bytes_strict", "encode"]
+
+
+def test_the_card_tells_what_is_served(model, saved_model):
+    card = json.loads((pathlib.Path(saved_model) / "model_card.json").read_text())
+    assert card["features"] == 32 and card["input"]["image_size"] == SIZE
+    assert card["weights"] == model.student_encoder.count_params()
+    stored = b"".join(weight.numpy().tobytes() for weight in model.student_encoder.weights)
+    assert card["weights_sha256"] == hashlib.sha256(stored).hexdigest()
+    assert card["scores"] == {"student_1nn": 0.5}
 
 
 def test_the_file_holds_the_encoders_weights_once_and_nothing_else(model, saved_model):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": ("views",),
     "methods": ("views", "networks", "training"),
     "evaluation": ("data", "views", "methods"),
-    "serving": ("views",),
+    "serving": ("data", "views"),
     "report": ("views", "evaluation"),
 }
 

@@ -1,25 +1,26 @@
-"""Run one signature of a SavedModel through TensorFlow's C API, without TensorFlow's Python.
+"""Runs signatures of a SavedModel through TensorFlow's C API, without TensorFlow's Python.
 
-    python tests/saved_model_c_api.py SAVED_MODEL_DIR SIGNATURE INPUT.npy OUTPUT.npy
+    python tests/saved_model_c_api.py SAVED_MODEL_DIR SIGNATURE INPUT OUTPUT.npz
 
 ``TF_LoadSessionFromSavedModel`` uses the same C++ loader as TF Serving. A SavedModel that runs
 after ``tf.saved_model.load``, which rebuilds Python objects, can fail here with "Could not find
-variable". One input (uint8 or float32) and one output (float32) are supported. A test starts it
-as a process of its own: TensorFlow is already imported in the test's, and some invalid inputs
-make the C++ kernels abort the process.
+variable". INPUT is an array, .npy, or a folder, whose files in the order of their names are
+strings. A test starts it as a process of its own: TensorFlow is already imported in the test's,
+and some invalid inputs make the C++ kernels abort the process.
 """
 
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FLOAT32, UINT8 = 1, 4  # DataType of types.proto
-DTYPES = {FLOAT32: np.dtype(np.float32), UINT8: np.dtype(np.uint8)}
+STRING = 7  # DataType of types.proto, as the others
+DTYPES = {1: np.dtype(np.float32), 4: np.dtype(np.uint8), 9: np.dtype(np.int64), 10: np.dtype(bool)}
+STRING_BYTES = 24  # of a TF_TString
 TensorInfo = tuple[str, int]  # name in the graph ("operation:index") and DataType
 
 
@@ -56,6 +57,8 @@ RESULT_TYPES = {
     "TF_TensorData": Handle,
     "TF_TensorByteSize": ctypes.c_size_t,
     "TF_Dim": ctypes.c_int64,
+    "TF_StringGetDataPointer": Handle,
+    "TF_StringGetSize": ctypes.c_size_t,
 }
 
 
@@ -104,75 +107,116 @@ def proto_map(message: memoryview, number: int) -> dict[str, memoryview]:
     return {str(entry[1], "utf-8"): entry[2] for entry in entries}
 
 
-def read_signature(meta_graph: bytes, signature: str) -> tuple[TensorInfo, TensorInfo]:
-    """Return the input and the output of a signature in a serialized MetaGraphDef."""
+def read_signatures(meta_graph: bytes) -> dict[str, tuple[dict, dict]]:
+    """Return the inputs and the outputs, by name, of each signature of a MetaGraphDef."""
+
+    def tensors(signature: memoryview, number: int) -> dict[str, TensorInfo]:
+        infos = {
+            name: dict(proto_fields(info)) for name, info in proto_map(signature, number).items()
+        }
+        return {name: (str(info[1], "utf-8"), info.get(2, 0)) for name, info in infos.items()}
+
     signatures = proto_map(memoryview(meta_graph), 5)  # MetaGraphDef.signature_def
-    if signature not in signatures:
-        raise RuntimeError(f"no signature {signature!r} among {sorted(signatures)}")
-
-    def only(kind: str, number: int, dtypes: set[int]) -> TensorInfo:
-        tensors = proto_map(signatures[signature], number)
-        if len(tensors) != 1:
-            raise RuntimeError(f"signature {signature!r} needs one {kind}, has {sorted(tensors)}")
-        info = dict(proto_fields(*tensors.values()))  # TensorInfo: name = 1, dtype = 2
-        if info[2] not in dtypes:
-            raise RuntimeError(f"{kind} of signature {signature!r} has DataType {info[2]}")
-        return str(info[1], "utf-8"), info[2]
-
-    return only("input", 1, {FLOAT32, UINT8}), only("output", 2, {FLOAT32})
+    return {name: (tensors(proto, 1), tensors(proto, 2)) for name, proto in signatures.items()}
 
 
-def run_signature(saved_model: str, signature: str, array: np.ndarray) -> np.ndarray:
-    """Load a SavedModel, feed the array to the signature and return the signature's output."""
-    tf = load_library()
-    status, graph, meta_graph = tf.TF_NewStatus(), tf.TF_NewGraph(), tf.TF_NewBuffer()
+class SavedModel:
+    """A session of a SavedModel."""
 
-    def check(action: str) -> None:
-        if code := tf.TF_GetCode(status):
-            message = tf.TF_Message(status).decode(errors="replace")
+    def __init__(self, folder: str):
+        self.tf = load_library()
+        self.graph, meta_graph = self.tf.TF_NewGraph(), self.tf.TF_NewBuffer()
+        options, tags = self.tf.TF_NewSessionOptions(), (ctypes.c_char_p * 1)(b"serve")
+        status = self.tf.TF_NewStatus()
+        self.session = self.tf.TF_LoadSessionFromSavedModel(
+            options, None, folder.encode(), tags, 1, self.graph, meta_graph, status
+        )
+        self._check(status, f"load {folder}")
+        buffer = meta_graph.contents
+        self.signatures = read_signatures(ctypes.string_at(buffer.data, buffer.length))
+
+    def run(self, signature: str, value: np.ndarray | Sequence[bytes]) -> dict[str, np.ndarray]:
+        """Feed the one input of a signature, and return its outputs by name."""
+        if signature not in self.signatures:
+            raise RuntimeError(f"no signature {signature!r} among {sorted(self.signatures)}")
+        inputs, outputs = self.signatures[signature]
+        ((source, dtype),) = inputs.values()
+        feeds, fetches = (Handle * 1)(self._tensor(value, dtype)), (Handle * len(outputs))()
+        targets = (Output * len(outputs))(*(self._output(name) for name, _ in outputs.values()))
+        status = self.tf.TF_NewStatus()
+        self.tf.TF_SessionRun(
+            self.session, None,
+            (Output * 1)(self._output(source)), feeds, 1,
+            targets, fetches, len(outputs),
+            None, 0, None, status,
+        )  # fmt: skip
+        self.tf.TF_DeleteTensor(feeds[0])
+        self._check(status, f"run signature {signature!r}")
+        results = {name: self._array(x) for name, x in zip(outputs, fetches, strict=True)}
+        for fetch in fetches:
+            self.tf.TF_DeleteTensor(fetch)
+        return results
+
+    def _check(self, status: Handle, action: str) -> None:
+        code, message = self.tf.TF_GetCode(status), self.tf.TF_Message(status)
+        message = message.decode(errors="replace")
+        self.tf.TF_DeleteStatus(status)
+        if code:
             raise RuntimeError(f"cannot {action}, TF_Code {code}: {message}")
 
-    def one_output(name: str) -> ctypes.Array[Output]:
+    def _output(self, name: str) -> Output:
         operation, index = name.rsplit(":", 1)
-        handle = tf.TF_GraphOperationByName(graph, operation.encode())
+        handle = self.tf.TF_GraphOperationByName(self.graph, operation.encode())
         if not handle:  # TF_SessionRun would crash on it
-            raise RuntimeError(f"signature {signature!r} names {name!r}, which is not in the graph")
-        return (Output * 1)(Output(handle, int(index)))
+            raise RuntimeError(f"a signature names {name!r}, which is not in the graph")
+        return Output(handle, int(index))
 
-    options, tags = tf.TF_NewSessionOptions(), (ctypes.c_char_p * 1)(b"serve")
-    session = tf.TF_LoadSessionFromSavedModel(
-        options, None, saved_model.encode(), tags, 1, graph, meta_graph, status
-    )
-    check(f"load {saved_model}")
-    buffer = meta_graph.contents
-    source, target = read_signature(ctypes.string_at(buffer.data, buffer.length), signature)
-    if array.dtype != DTYPES[source[1]]:  # no silent cast: the test must feed what a client sends
-        raise TypeError(f"signature {signature!r} takes {DTYPES[source[1]]}, not {array.dtype}")
+    def _tensor(self, value: np.ndarray | Sequence[bytes], dtype: int) -> Handle:
+        is_array = isinstance(value, np.ndarray)
+        if (value.dtype if is_array else STRING) != DTYPES.get(dtype, dtype):
+            # no silent cast: the test must feed what a client sends
+            raise TypeError(f"a signature takes DataType {dtype}. Received: {type(value)}")
+        sides = value.shape if is_array else (len(value),)
+        size = value.nbytes if is_array else STRING_BYTES * len(value)
+        shape = (ctypes.c_int64 * len(sides))(*sides)
+        tensor = self.tf.TF_AllocateTensor(dtype, shape, len(sides), ctypes.c_size_t(size))
+        data = self.tf.TF_TensorData(tensor)
+        if is_array:
+            ctypes.memmove(data, np.require(value, requirements="C").ctypes.data, size)
+            return tensor
+        for i, text in enumerate(value):
+            place = Handle(data.value + STRING_BYTES * i)
+            self.tf.TF_StringInit(place)
+            self.tf.TF_StringCopy(place, text, ctypes.c_size_t(len(text)))
+        return tensor
 
-    array = np.require(array, requirements="C")
-    shape, size = (ctypes.c_int64 * array.ndim)(*array.shape), ctypes.c_size_t(array.nbytes)
-    feeds = (Handle * 1)(tf.TF_AllocateTensor(source[1], shape, array.ndim, size))
-    fetches = (Handle * 1)()
-    ctypes.memmove(tf.TF_TensorData(feeds[0]), array.ctypes.data, array.nbytes)
-    inputs, outputs = one_output(source[0]), one_output(target[0])
-    tf.TF_SessionRun(session, None, inputs, feeds, 1, outputs, fetches, 1, None, 0, None, status)
-    check(f"run signature {signature!r}")
-
-    fetch = fetches[0]
-    result = np.empty([tf.TF_Dim(fetch, axis) for axis in range(tf.TF_NumDims(fetch))], np.float32)
-    if tf.TF_TensorByteSize(fetch) != result.nbytes:
-        raise RuntimeError(f"the output of signature {signature!r} is not float32 as declared")
-    ctypes.memmove(result.ctypes.data, tf.TF_TensorData(fetch), result.nbytes)
-    tf.TF_DeleteSession(session, status)  # stops its threads; the process frees all the rest
-    return result
+    def _array(self, fetch: Handle) -> np.ndarray:
+        shape = [self.tf.TF_Dim(fetch, axis) for axis in range(self.tf.TF_NumDims(fetch))]
+        dtype, data = self.tf.TF_TensorType(fetch), self.tf.TF_TensorData(fetch)
+        if dtype == STRING:
+            places = [Handle(data.value + STRING_BYTES * i) for i in range(int(np.prod(shape)))]
+            strings = [
+                ctypes.string_at(
+                    self.tf.TF_StringGetDataPointer(place), self.tf.TF_StringGetSize(place)
+                )
+                for place in places
+            ]
+            return np.array(strings, "S").reshape(shape)
+        result = np.empty(shape, DTYPES[dtype])
+        ctypes.memmove(result.ctypes.data, data, result.nbytes)
+        return result
 
 
 def main(arguments: list[str]) -> None:
-    """Read the input array, run the signature and write the output array."""
+    """Read the input, run the signature and write its outputs."""
     if len(arguments) != 4:
         raise SystemExit(__doc__)
     saved_model, signature, source, target = arguments
-    np.save(target, run_signature(saved_model, signature, np.load(source)))
+    if Path(source).is_dir():
+        value = [path.read_bytes() for path in sorted(Path(source).iterdir())]
+    else:
+        value = np.load(source)
+    np.savez(target, **SavedModel(saved_model).run(signature, value))
     if "tensorflow" in sys.modules:
         raise RuntimeError("tensorflow's Python was imported, so this run proves nothing")
 
