@@ -6,6 +6,7 @@ This file owns who moves how, what is trained and what is saved. It knows no los
 import keras
 import tensorflow as tf
 
+from isd_tf.networks.backbones import finalize_normalization, flat_layers
 from isd_tf.networks.batch_norm import GroupedBatchNormalization
 from isd_tf.training import distribution
 from isd_tf.views import augment
@@ -65,7 +66,7 @@ class StudentTeacher(keras.Model):
             name="step", shape=(), dtype="int64", initializer="zeros", trainable=False,
             autocast=False, aggregation="none",
         )  # fmt: skip
-        layers = (*encoder.layers, *(projector.layers if projector else ()))
+        layers = flat_layers(encoder) + (flat_layers(projector) if projector else [])
         self._groups = any(isinstance(x, GroupedBatchNormalization) for x in layers)
         self.built = True
 
@@ -88,7 +89,7 @@ class StudentTeacher(keras.Model):
             ValueError: for jit_compile with synchronised BatchNorm, which communicates inside.
         """
         networks = (self.student_encoder, self.student_projector, self.predictor)
-        layers = [layer for network in networks if network for layer in network.layers]
+        layers = [layer for network in networks if network for layer in flat_layers(network)]
         synchronized = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
         if jit_compile and synchronized:
             raise ValueError(
@@ -274,8 +275,11 @@ def embedding_std(embeddings: tf.Tensor) -> tf.Tensor:
 
 
 def _frozen_copy(network: keras.Model) -> keras.Model:
-    copy = keras.models.clone_model(network)
+    # Recursively, as networks of other libraries are nested, and may have a constructor of their
+    # own that knows nothing of layers that were exchanged.
+    copy = keras.models.clone_model(network, recursive=True)
     copy.set_weights(network.get_weights())
+    finalize_normalization(copy)
     # Variable by variable: `copy.trainable = False` would put BatchNorm into inference mode.
     for variable in copy.weights:
         variable.trainable = False

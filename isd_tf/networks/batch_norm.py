@@ -33,11 +33,11 @@ class BatchNormalization(layers.BatchNormalization):
     there, mean and variance are taken one by one.
 
     Args:
-        **kwargs: as in keras.layers.BatchNormalization; axis, center, scale and renorm must stay
-            as they are.
+        **kwargs: as in keras.layers.BatchNormalization; axis and renorm must stay as they are.
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, mask=None):
+        del mask  # As Keras' layer takes one, in whose place this may stand; images have none.
         if training and self.trainable:
             outputs, mean, variance = self._normalize(inputs)
             for moving, statistic in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -55,12 +55,12 @@ class BatchNormalization(layers.BatchNormalization):
 
     def _fused(self, x, statistics=None):
         """The same by the fused kernel; or normalises by `statistics`: mean and variance."""
-        is_vector = x.shape.rank == 2
+        is_vector, channels = x.shape.rank == 2, x.shape[-1:]
         mean, variance = (tf.cast(y, tf.float32) for y in statistics or ([], []))
         outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
             x=x[:, tf.newaxis, tf.newaxis] if is_vector else x,
-            scale=tf.cast(self.gamma, tf.float32),
-            offset=tf.cast(self.beta, tf.float32),
+            scale=tf.cast(self.gamma, tf.float32) if self.scale else tf.ones(channels),
+            offset=tf.cast(self.beta, tf.float32) if self.center else tf.zeros(channels),
             mean=mean,
             variance=variance,
             epsilon=self.epsilon,

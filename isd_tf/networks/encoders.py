@@ -10,6 +10,7 @@ Sources: He et al. 2016; torchvision.models.resnet.
 import keras
 from keras import layers
 
+from isd_tf.networks import backbones
 from isd_tf.networks.batch_norm import batch_norm
 
 # Inputs up to this side have a stem of one 3x3 convolution, without pooling.
@@ -31,27 +32,54 @@ def build_encoder(
     width: int | None = None,
     synchronized_batch_norm: bool = False,
     batch_norm_groups: int = 1,
+    published_weights: bool = False,
 ) -> keras.Model:
-    """Builds an untrained encoder: images to pooled features.
+    """Builds an encoder: images to pooled features.
+
+    Untrained, unless the weights of a file or published ones are asked for.
 
     Args:
-        name: one of ARCHITECTURES.
+        name: one of ARCHITECTURES; "keras:NAME" for a network of keras.applications, headless;
+            "keras_hub:PRESET" for a backbone of KerasHub, by its name or by the folder that it was
+            saved in; or "FILE.keras", with the weights that are in the file.
         image_size: side S of the images in pixels. Up to 64, the stem is a 3x3 convolution, which
             in the large ResNets keeps the resolution.
-        width: channels of the first stage; 64 for the ResNets, 32 for tiny_resnet.
+        width: channels of the first stage; 64 for the ResNets, 32 for tiny_resnet. Foreign
+            networks have none.
         synchronized_batch_norm: whether BatchNorm's statistics are those of all replicas.
         batch_norm_groups: parts of a replica's batch that have BatchNorm statistics of their own.
+        published_weights: whether to load the weights that the library publishes, for networks of
+            keras.applications (ImageNet's) and KerasHub.
 
     Returns:
         A functional model from normalised images [B, S, S, 3] to features [B, C]; C is 8 * width
         for resnet18 and resnet34, 32 * width for resnet50, 4 * width for tiny_resnet.
 
     Raises:
-        ValueError: for an unknown name, or a size or width that is not positive.
+        ValueError: for an unknown name, a size or width that is not positive or that a foreign
+            network cannot take, or a file that holds no encoder.
+        OSError: for a file that does not exist, or what must be downloaded and cannot be.
     """
+    if backbones.is_foreign(name):
+        if width is not None:
+            raise ValueError(
+                f"Only the encoders {', '.join(ARCHITECTURES)} have a width. Received: "
+                f"width={width} with {name}."
+            )
+        return backbones.build_foreign(
+            name, image_size, synchronized_batch_norm, batch_norm_groups, published_weights
+        )
     if name not in ARCHITECTURES:
+        known = [*ARCHITECTURES, *(f"{backbones.KERAS}{x}" for x in backbones.APPLICATIONS)]
         raise ValueError(
-            f"Unknown encoder. Expected one of: {', '.join(ARCHITECTURES)}. Received: {name!r}."
+            f"Unknown encoder.{backbones.nearest(name, known)} Expected one of: "
+            f"{', '.join(ARCHITECTURES)}; keras:NAME, keras_hub:PRESET or FILE.keras. Received: "
+            f"{name!r}."
+        )
+    if published_weights:
+        raise ValueError(
+            f"Of {name} no weights are published. Expected keras:NAME or keras_hub:PRESET with "
+            "published_weights."
         )
     bottleneck, stages, default_width, small_stride = ARCHITECTURES[name]
     width = default_width if width is None else width
