@@ -43,6 +43,7 @@ from isd_tf.data import check, subsets  # noqa: E402
 from isd_tf.data.decoding import REPLACED, explaining  # noqa: E402
 from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
+from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
@@ -269,6 +270,8 @@ def build_model(strategy, steps_per_epoch):
         encoder = isd_tf.build_encoder(
             FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
         )
+        if backbones.is_foreign(FLAGS.encoder):
+            say(backbones.describe(FLAGS.encoder))
         model = METHODS[FLAGS.method](
             encoder,
             *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),

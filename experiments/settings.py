@@ -4,6 +4,8 @@ Knows neither TensorFlow nor isd_tf, whose import takes seconds: `--help` and mi
 before. So the names that the package knows stand here once more; settings_test.py holds them to it.
 """
 
+import difflib
+import importlib.util
 import os
 import re
 
@@ -15,6 +17,16 @@ FLAGS = flags.FLAGS
 STAGES = ("check", "pretrain", "evaluate", "export")
 VIEWS = ("strong", "weak")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
+APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
+    "ResNet50 ResNet101 ResNet152 VGG16 VGG19 ResNet50V2 ResNet101V2 ResNet152V2 Xception "
+    "InceptionV3 InceptionResNetV2 NASNetMobile NASNetLarge "
+    "MobileNet MobileNetV2 MobileNetV3Small MobileNetV3Large DenseNet121 DenseNet169 DenseNet201 "
+    "EfficientNetB0 EfficientNetB1 EfficientNetB2 EfficientNetB3 "
+    "EfficientNetB4 EfficientNetB5 EfficientNetB6 EfficientNetB7 "
+    "EfficientNetV2B0 EfficientNetV2B1 EfficientNetV2B2 EfficientNetV2B3 "
+    "EfficientNetV2S EfficientNetV2M EfficientNetV2L "
+    "ConvNeXtTiny ConvNeXtSmall ConvNeXtBase ConvNeXtLarge ConvNeXtXLarge"
+).split()
 HEADS = ("isd", "isd_plus", "moco_v2")
 METHODS = {  # And the flags that are their settings.
     "isd": ("queue_size", "teacher_temperature", "student_temperature", "teacher_momentum"),
@@ -74,8 +86,18 @@ flags.DEFINE_integer("unbalanced_seed", 0, "Draw of the classes of --unbalanced 
 flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, strong/strong, ...")
 
 # Networks
-flags.DEFINE_string("encoder", None, f"One of {', '.join(ARCHITECTURES)}.")
-flags.DEFINE_integer("width", None, "Channels of the encoder's first stage; unset: its usual ones.")
+flags.DEFINE_string(
+    "encoder",
+    None,
+    f"One of {', '.join(ARCHITECTURES)}; keras:NAME, an image classifier of keras.applications "
+    "without its head; keras_hub:PRESET, a backbone of KerasHub by name or folder; or FILE.keras, "
+    "a Keras model from normalised images to one feature vector, which begins with its weights.",
+)
+flags.DEFINE_integer(
+    "width",
+    None,
+    f"Channels of the first stage of {', '.join(ARCHITECTURES)}; unset: its usual ones.",
+)
 flags.DEFINE_enum(
     "heads",
     None,
@@ -87,7 +109,8 @@ flags.DEFINE_string(
     "batch_norm",
     "shuffled",
     "shuffled: each replica has statistics of its own, and the teacher's images are shuffled over "
-    "all; groups:N: each replica has N, as N devices would; synchronized: one for all replicas.",
+    "all; groups:N: each replica has N, as N devices would; synchronized: one for all replicas. "
+    "Also of foreign encoders, where their BatchNorm is not inside of other layers.",
 )
 flags.DEFINE_enum(
     "precision",
@@ -320,13 +343,45 @@ def _check_recipe(typed):
                 "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
-    if FLAGS.encoder not in ARCHITECTURES:
-        raise ValueError(
-            f"Unknown encoder. Expected one of {', '.join(ARCHITECTURES)}. "
-            f"Received: --encoder={FLAGS.encoder}."
-        )
+    _check_encoder()
     views()
     batch_norm()
+
+
+def _check_encoder():
+    """As far as one can without TensorFlow."""
+    name = FLAGS.encoder
+    if name in ARCHITECTURES:
+        return
+    if not (name.startswith(("keras:", "keras_hub:")) or name.endswith(".keras")):
+        known = [*ARCHITECTURES, *(f"keras:{one}" for one in APPLICATIONS)]
+        raise ValueError(
+            f"Unknown encoder.{_nearest(name, known)} Expected one of {', '.join(ARCHITECTURES)}; "
+            f"keras:NAME, keras_hub:PRESET or FILE.keras. Received: --encoder={name}."
+        )
+    if FLAGS.width is not None:
+        raise ValueError(
+            f"Only the encoders {', '.join(ARCHITECTURES)} have a width. Received: "
+            f"--width={FLAGS.width} with --encoder={name}."
+        )
+    kind, _, of_keras = name.partition(":")
+    if kind == "keras" and of_keras not in APPLICATIONS:
+        raise ValueError(
+            f"Unknown network of keras.applications.{_nearest(of_keras, APPLICATIONS)} Expected "
+            f"one of {', '.join(APPLICATIONS)}. Received: --encoder={name}."
+        )
+    if kind == "keras_hub" and importlib.util.find_spec("keras_hub") is None:
+        raise ValueError(
+            f"--encoder={name} needs KerasHub. Install it by: pip install 'isd_tf[hub]'"
+        )
+    if kind not in ("keras", "keras_hub") and not os.path.isfile(name):
+        raise FileNotFoundError(f"No such file. Received: --encoder={name}.")
+
+
+def _nearest(name, known):
+    by_lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[found[0]]}?" if found else ""
 
 
 def _check_evaluations():

@@ -9,7 +9,7 @@ from absl import flags
 
 from isd_tf.data import pixels
 from isd_tf.evaluation import linear, transfer
-from isd_tf.networks import encoders, heads
+from isd_tf.networks import backbones, encoders, heads
 from isd_tf.training import distribution
 from isd_tf.views import augment
 
@@ -29,6 +29,7 @@ RECIPES = sorted(path.name for path in EXPERIMENTS.glob("*.flags"))
     [
         (settings.VIEWS, augment.RECIPES),
         (settings.ARCHITECTURES, encoders.ARCHITECTURES),
+        (settings.APPLICATIONS, backbones.APPLICATIONS),
         (settings.HEADS, heads.HEADS),
         (settings.METHODS, run.METHODS),
         (settings.STRATEGIES, distribution.STRATEGIES),

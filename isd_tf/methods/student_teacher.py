@@ -155,6 +155,10 @@ class StudentTeacher(keras.Model):
             # The optimizer adds the replicas' gradients; the batch's mean wants their average.
             scaled = self.optimizer.scale_loss(loss / distribution.number_of_replicas())
         gradients = tape.gradient(scaled, self.trainable_variables)
+        # Those of position embeddings, which replicas could not add up otherwise.
+        gradients = [
+            tf.convert_to_tensor(x) if isinstance(x, tf.IndexedSlices) else x for x in gradients
+        ]
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = distribution.spread_overflow(gradients)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
@@ -275,9 +279,7 @@ def embedding_std(embeddings: tf.Tensor) -> tf.Tensor:
 
 
 def _frozen_copy(network: keras.Model) -> keras.Model:
-    # Recursively, as networks of other libraries are nested, and may have a constructor of their
-    # own that knows nothing of layers that were exchanged.
-    copy = keras.models.clone_model(network, recursive=True)
+    copy = keras.models.clone_model(network)
     copy.set_weights(network.get_weights())
     finalize_normalization(copy)
     # Variable by variable: `copy.trainable = False` would put BatchNorm into inference mode.

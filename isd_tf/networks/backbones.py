@@ -298,6 +298,8 @@ def _like_ours(network, name, replaced, synchronized, groups):
     pairs = []
 
     def copy(layer):
+        if _is_taken_apart(layer, (type(network), keras.Sequential)):
+            return keras.models.clone_model(layer, clone_function=copy)
         if isinstance(layer, replaced):
             return layers.Identity(name=layer.name)
         config = layer.get_config()
@@ -313,13 +315,24 @@ def _like_ours(network, name, replaced, synchronized, groups):
         pairs.append((layer, made.from_config(config)))
         return pairs[-1][1]
 
-    encoder = keras.models.clone_model(network, clone_function=copy, recursive=True)
+    encoder = keras.models.clone_model(network, clone_function=copy)
     for theirs, ours in pairs:
         ours.set_weights(theirs.get_weights())
     finalize_normalization(encoder)
     _require_batch_norm(encoder, name, synchronized, groups)
     _require_no_randomness(encoder, name)
     return encoder
+
+
+def _is_taken_apart(layer, plain):
+    """Whether a layer is a network whose layers are copied one by one.
+
+    Not a backbone that has a constructor of its own and no BatchNorm that could be ours: some of
+    KerasHub's layers cannot be built from their configurations, only from their network's.
+    """
+    if not isinstance(layer, keras.Model):
+        return False
+    return type(layer) in plain or any(map(_can_be_ours, getattr(layer, "layers", ())))
 
 
 def _without_randomness(layer, config):

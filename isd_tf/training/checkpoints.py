@@ -52,7 +52,7 @@ class Checkpoints:
         self.keep_every_steps = keep_every_steps
         self.continue_without = continue_without
         self.strategy = model.distribute_strategy
-        self._checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        self._checkpoint = _checkpoint(model)
         with cluster.failing_together(self.strategy):
             if cluster.is_chief(self.strategy):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -359,6 +359,19 @@ def _set_steps_per_execution(model, steps):
     if model.steps_per_execution != steps:
         model.steps_per_execution = steps
         model.make_train_function(force=True)
+
+
+def _checkpoint(model):
+    """All variables of a model and its optimizer.
+
+    TensorFlow does not see what Keras layers keep in lists of other layers, as the blocks of
+    transformers; these variables have a list of their own.
+    """
+    state = {"model": model, "optimizer": model.optimizer}
+    checkpoint = tf.train.Checkpoint(**state)
+    seen = {id(one) for one in tf.train.TrackableView(checkpoint).descendants()}
+    unseen = [variable for variable in model.variables if id(variable) not in seen]
+    return tf.train.Checkpoint(**state, unseen=unseen) if unseen else checkpoint
 
 
 def _flush_to_disk(directory):
