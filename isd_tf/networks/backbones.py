@@ -101,7 +101,9 @@ def build_foreign(
         network = _hub_backbone(name.removeprefix(HUB), images, published_weights)
     else:
         if published_weights:
-            raise ValueError(f"There are no published weights but the file's own. Received: {name}.")
+            raise ValueError(
+                f"The weights of a file are its own, not published ones. Received: {name}."
+            )
         network = _from_file(name, images)
     return _like_ours(network, name, replaced, synchronized_batch_norm, batch_norm_groups)
 
@@ -171,8 +173,8 @@ def _application(name, images, published):
         return build("imagenet")
     except Exception as error:
         raise OSError(
-            f"The published weights of {KERAS}{name} could not be had ({_first_line(error)}). Build "
-            "it once where there is a network, and copy ~/.keras/models from there."
+            f"The published weights of {KERAS}{name} could not be had ({_first_line(error)}). "
+            "Build it once where there is a network, and copy ~/.keras/models from there."
         ) from error
 
 
@@ -235,8 +237,8 @@ def _no_preset(preset, error):
             "save_to_preset."
         )
     return OSError(
-        f"The preset {HUB}{preset} could not be downloaded ({_first_line(error)}). Where there is a "
-        "network, save backbone and image converter by save_to_preset, and name the folder here."
+        f"The preset {HUB}{preset} could not be downloaded ({_first_line(error)}). Where there is "
+        "a network, save backbone and image converter by save_to_preset, and name the folder here."
     )
 
 
@@ -355,11 +357,8 @@ def _can_be_ours(layer):
 def _require_batch_norm(encoder, name, synchronized, groups):
     if not synchronized and groups == 1:
         return
-    theirs = [
-        layer.name
-        for layer in flat_layers(encoder)
-        if isinstance(layer, layers.BatchNormalization) and not isinstance(layer, BatchNormalization)
-    ]
+    norms = [x for x in flat_layers(encoder) if isinstance(x, layers.BatchNormalization)]
+    theirs = [x.name for x in norms if not isinstance(x, BatchNormalization)]
     if theirs:
         raise ValueError(
             f"The BatchNorm of {name} can be neither synchronised nor split into groups, as it is "
