@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "isd_tf"
 MAY_IMPORT = {
     "views": (),
     "networks": (),
-    "training": (),
+    "training": ("networks",),
     "data": ("views",),
     "methods": ("views", "networks", "training"),
     "evaluation": ("data", "views", "methods"),
