@@ -53,6 +53,11 @@ LEFT_OUT = "not_read.txt"
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
 COLLAPSED_STD = 0.01
 METHODS = {"isd": isd_tf.ISD, "moco_v2": isd_tf.MoCoV2, "byol": isd_tf.BYOL}
+EXPORTS = {
+    "saved_model": "SavedModel",
+    "keras_hub": "KerasHub preset",
+    "torch": "PyTorch weights",
+}
 
 
 def main():
@@ -68,7 +73,8 @@ def main():
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
         train = data.train if data else None
-        model = build_model(strategy, steps_per_epoch(train))
+        encoder, initial = build_encoder(strategy)
+        model = build_model(strategy, encoder, steps_per_epoch(train))
 
         with workdirs.locked(FLAGS.workdir, strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
@@ -78,7 +84,7 @@ def main():
                 FLAGS.keep_every_epochs * steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            begin_or_continue(workdir, checkpoints, data)
+            begin_or_continue(workdir, checkpoints, data, initial)
             first_step = checkpoints.restore_newest()
             if first_step:
                 say(f"Continuing {workdir} after step {first_step}.")
@@ -262,13 +268,29 @@ def steps_per_epoch(train):
     return len(train) // FLAGS.batch_size if train else 1
 
 
-def build_model(strategy, steps_per_epoch):
-    synchronized, groups = settings.batch_norm()
+def build_encoder(strategy):
+    """Builds the encoder, and loads a new run's initial weights before there is a teacher."""
     keras.utils.set_random_seed(FLAGS.seed)
-    with strategy.scope():
+    with cluster.failing_together(strategy), strategy.scope():
         encoder = isd_tf.build_encoder(
-            FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
+            FLAGS.encoder, FLAGS.image_size, FLAGS.width, *settings.batch_norm()
         )
+        if FLAGS.initial_weights is None or settings.is_begun():
+            return encoder, None
+        initial = isd_tf.load_weights(
+            encoder,
+            FLAGS.initial_weights,
+            FLAGS.initial_weights_encoder,
+            FLAGS.initial_weights_step,
+        )
+    cluster.require_same(strategy, {"--initial_weights": initial.sha256})
+    say(f"Initial weights: {initial.sentence()}")
+    return encoder, initial
+
+
+def build_model(strategy, encoder, steps_per_epoch):
+    synchronized, groups = settings.batch_norm()
+    with strategy.scope():
         model = METHODS[FLAGS.method](
             encoder,
             *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
@@ -290,7 +312,7 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def begin_or_continue(workdir, checkpoints, data):
+def begin_or_continue(workdir, checkpoints, data, initial):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
     with cluster.failing_together(checkpoints.strategy):
         if not cluster.is_chief(checkpoints.strategy):
@@ -303,8 +325,11 @@ def begin_or_continue(workdir, checkpoints, data):
         if not checkpoints.exist:
             flagfiles.write(workdir / "run.flags", settings.own_flags())
             record.write_text(json.dumps(now) + "\n")
+            if initial:
+                workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
         else:
             flagfiles.require_same(workdir / "run.flags", settings.recipe())
+            workdirs.require_same_initial_weights(workdir)
             before = json.loads(record.read_text()) if record.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
@@ -449,20 +474,29 @@ def knn_callback(run, stop):
 
 def export(run):
     """Exports the encoder; returns what went wrong, as evaluations.evaluate does."""
-    folder = run.workdir / "saved_model"
-    workdirs.remove_unfinished(folder)
-    try:
-        path = isd_tf.export_encoder(
-            run.encoder(FLAGS.export_encoder),
-            FLAGS.image_size,
-            folder,
-            max_pixels=FLAGS.max_pixels,
-            about={"exported": FLAGS.export_encoder} | workdirs.about(run.workdir),
-        )
-    except Exception as error:
-        return [program.failure("The export", error)]
-    say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-    return []
+    failures = []
+    for name in FLAGS.export_format:
+        folder = run.workdir / name
+        workdirs.remove_unfinished(folder)
+        try:
+            path = export_as(name, run, folder)
+        except Exception as error:
+            failures.append(program.failure(f"The export as {EXPORTS[name]}", error))
+            continue
+        say(f"{EXPORTS[name]} of the {FLAGS.export_encoder}: {path}")
+    return failures
+
+
+def export_as(name, run, folder):
+    encoder = run.encoder(FLAGS.export_encoder)
+    if name == "keras_hub":
+        return isd_tf.export_keras_hub(encoder, FLAGS.image_size, folder)
+    if name == "torch":
+        return isd_tf.export_torch(encoder, folder)
+    about = {"exported": FLAGS.export_encoder} | workdirs.about(run.workdir)
+    return isd_tf.export_encoder(
+        encoder, FLAGS.image_size, folder, max_pixels=FLAGS.max_pixels, about=about
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from isd_tf.networks import torch_weights
 from isd_tf.networks.encoders import build_encoder
 from isd_tf.networks.heads import isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.serving.export import export_encoder
+from isd_tf.serving.formats import export_keras_hub, export_torch
 from isd_tf.training.initial_weights import load_weights
 from isd_tf.training.optimizers import TorchSGD
 from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch
@@ -48,6 +49,8 @@ __all__ = [
     "datasets",
     "evaluation_batches",
     "export_encoder",
+    "export_keras_hub",
+    "export_torch",
     "isd_heads",
     "isd_plus_heads",
     "knn_accuracy",

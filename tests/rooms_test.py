@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": ("views",),
     "methods": ("views", "networks", "training"),
     "evaluation": ("data", "views", "methods"),
-    "serving": ("data", "views"),
+    "serving": ("data", "views", "networks"),
     "report": ("views", "evaluation"),
 }
 

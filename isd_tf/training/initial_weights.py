@@ -37,7 +37,7 @@ class InitialWeights(NamedTuple):
         more = ", ..." * (len(ignored) > 3)
         left_out = f"; left out: {', '.join(ignored[:3])}{more}" if ignored else ""
         return (
-            f"Initial weights: all {weights} arrays ({values} values) of {self.path}{step}{whose} "
+            f"all {weights} arrays ({values} values) of {self.path}{step}{whose} "
             f"(sha256 {self.sha256[:12]}...{left_out})."
         )
 
@@ -96,7 +96,8 @@ def load_weights(
     if path.name.endswith(torch_weights.SUFFIXES):
         loaded = torch_weights.load_encoder(encoder, path, from_encoder)
     elif path.suffix == ".keras":
-        arrays, has_two = _read_keras(path, from_encoder)
+        saved, has_two = load_keras_encoder(path, from_encoder)
+        arrays = _named(((v.path, v.numpy()) for v in saved.weights), path)
         loaded = fill(keras_slots(encoder), arrays, str(path))
         loaded = loaded._replace(from_encoder=from_encoder if has_two else None)
     else:
@@ -180,8 +181,15 @@ def _keys_beneath(nodes, way):
 # ------------------------------------------------------------------------------------ Keras' files
 
 
-def _read_keras(path, encoder):
-    """The weights of a saved model by their Keras paths, and whether it has two encoders."""
+def load_keras_encoder(path: str | os.PathLike, from_encoder: str) -> tuple[keras.Model, bool]:
+    """Loads a .keras file: an encoder, or the one asked for of a whole model of isd_tf.
+
+    Returns:
+        The encoder, and whether the file holds two.
+
+    Raises:
+        ValueError: when Keras cannot load it.
+    """
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # Of many kinds: the file's, the configuration's, the layers'.
@@ -189,9 +197,8 @@ def _read_keras(path, encoder):
         raise ValueError(
             f"{path} cannot be loaded as a Keras model ({lines[0].strip()[:200]})."
         ) from error
-    has_two = hasattr(model, f"{encoder}_encoder")
-    model = getattr(model, f"{encoder}_encoder", model)
-    return _named(((v.path, v.numpy()) for v in model.weights), path), has_two
+    name = f"{from_encoder}_encoder"
+    return getattr(model, name, model), hasattr(model, name)
 
 
 def _read_h5(path, encoder):
