@@ -3,10 +3,10 @@
     python experiments/convert.py --source=runs/imagenet --target=encoder.safetensors
     python experiments/convert.py --source=resnet50.pth --target=resnet50.keras --encoder=resnet50
 
-A source is the workdir of a run, or a file: .keras, .weights.h5, .safetensors, .pth or .pt. A target
-is a file of these. PyTorch's hold torchvision's state dict, without a classifier: strict loading
-takes them into a model whose `fc` is torch.nn.Identity(). .pth and .pt need PyTorch: pip install
-'isd_tf[torch]'. A .keras file of ours is loaded by keras.saving.load_model after `import isd_tf`.
+A source is the workdir of a run, or a file: .keras, .weights.h5, .safetensors, .pth or .pt. A
+target is a file of these. PyTorch's hold torchvision's state dict, without a classifier: strict
+loading takes them into a model whose `fc` is torch.nn.Identity(). .pth and .pt need PyTorch: pip
+install 'isd_tf[torch]'. A .keras file of ours is loaded after `import isd_tf`.
 """
 
 import argparse

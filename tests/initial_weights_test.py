@@ -5,17 +5,25 @@ import pathlib
 import re
 import shlex
 import shutil
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from in_process import call, set_flags
-from small_runs import SMALL, small_run
 
 import isd_tf
+from isd_tf.training.checkpoints import Checkpoints
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import run  # noqa: E402
+import settings  # noqa: E402
+from in_process import call, set_flags  # noqa: E402
+from small_runs import SMALL, small_run  # noqa: E402
+
+DOCS = ROOT / "docs"
 # Whose steps change no weight that is trained.
 STANDING = ["--learning_rate=1e-20", "--epochs=1", "--evaluations=knn", "--knn_every_epochs=0"]
 
@@ -40,9 +48,7 @@ def first(photos, tmp_path_factory):
 
 def encoder_of(workdir, name):
     """An encoder of a finished run, restored as the run itself would."""
-    import run
-    from isd_tf.training.checkpoints import Checkpoints
-
+    set_flags(*small_run("unused", workdir))
     strategy = tf.distribute.get_strategy()
     model = run.build_model(strategy, run.build_encoder(strategy)[0], 6)
     Checkpoints(workdir / "checkpoints", model).restore_newest()
@@ -216,8 +222,6 @@ def test_bad_input_is_one_error_and_nothing_written(
 
 
 def test_pickles_without_pytorch_are_refused_before_tensorflow(photos, tmp_path, monkeypatch):
-    import settings
-
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"pip install 'isd_tf\[torch\]'"):
