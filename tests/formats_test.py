@@ -30,17 +30,16 @@ def test_a_preset_has_the_encoders_features_and_is_finetuned(encoder, tmp_path):
     path = isd_tf.export_keras_hub(encoder, SIZE, tmp_path)
     assert path == str(tmp_path / "1")
     classifier = keras_hub.models.ImageClassifier.from_preset(path, num_classes=5)
-    images = np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
     maps = classifier.backbone(classifier.preprocessor(images), training=False)
     expected = encoder(augment.evaluation_view(images, SIZE), training=False).numpy()
     difference = np.abs(np.mean(maps, axis=(1, 2)) - expected).max()
     assert difference < 1e-5 * np.abs(expected).max()
     # Of another size, and as float: the converter resizes and takes 0..255.
-    wide = np.random.default_rng(1).integers(0, 256, (4, 120, 140, 3)).astype(np.float32)
+    wide = np.random.default_rng(1).integers(0, 256, (2, 100, 120, 3)).astype(np.float32)
     before = classifier.backbone.get_weights()[0].copy()
-    classifier.fit(wide, np.arange(4), batch_size=2, epochs=1, verbose=0)
+    classifier.fit(wide, np.arange(2), epochs=1, verbose=0)
     assert np.any(classifier.backbone.get_weights()[0] != before)
-    assert isd_tf.export_keras_hub(encoder, SIZE, tmp_path) == str(tmp_path / "2")
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])

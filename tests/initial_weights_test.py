@@ -40,9 +40,10 @@ def assert_equal(encoder, other):
 
 @pytest.fixture(scope="module")
 def first(photos, tmp_path_factory):
-    """The workdir of a run of 12 steps, and its encoders."""
+    """The workdir of a run of two epochs."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
-    call(*small_run(photos, workdir, "--stages=pretrain", "--epochs=2", "--knn_every_epochs=0"))
+    saved = ["--checkpoint_every_steps=0", "--knn_every_epochs=0"]  # At the steps 6 and 12.
+    call(*small_run(photos, workdir, "--stages=pretrain", "--epochs=2", *saved))
     return workdir
 
 
