@@ -288,7 +288,9 @@ def test_an_export_on_a_full_disk_is_said_and_leaves_nothing_behind(evaluated, p
         call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
                         "--evaluations=clusters"))  # fmt: skip
     text = str(error.value)
-    assert "The evaluation clusters failed: " in text and "The export as SavedModel failed: " in text
+    assert (
+        "The evaluation clusters failed: " in text and "The export as SavedModel failed: " in text
+    )
     assert "File too large" in text and "\n" not in text
     assert not list((evaluated.workdir / "saved_model").iterdir())
     assert "Results: " in capsys.readouterr().out
