@@ -244,10 +244,13 @@ def _read_safetensors(path):
 
 def _read_pickle(path):
     torch = _import_torch(path)
+    # The checkpoints of ISD, MSF and CompRess hold their command line, which is plain data.
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        # The checkpoints of ISD, MSF and CompRess hold their command line, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, allowed:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
@@ -257,7 +260,7 @@ def _read_pickle(path):
                 "torch.save(model.state_dict(), PATH)."
             ) from error
         raise ValueError(f"{path} is no file of PyTorch's, or not a whole one.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is no file of PyTorch's, or not a whole one.") from error
     return _state_dict(content, path, torch)
 
