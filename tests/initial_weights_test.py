@@ -79,7 +79,10 @@ def test_every_file_gives_its_weights(files, name):
     assert_equal(ours, encoder)
     assert initial.loaded.weights == 45 and initial.loaded.values == encoder.count_params()
     assert initial.loaded.from_encoder == ("student" if name == "model.keras" else None)
-    if name == "model.keras":
+    if name != "model.keras":
+        with pytest.raises(ValueError, match="holds one encoder, and no teacher"):
+            isd_tf.load_weights(ours, folder / name, "teacher")
+    else:
         isd_tf.load_weights(ours, folder / name, "teacher")
         difference = ours.weights[0].numpy() - encoder.weights[0].numpy()
         np.testing.assert_allclose(difference, 1, atol=1e-6)

@@ -101,6 +101,7 @@ def load_weights(
         loaded = fill(keras_slots(encoder), arrays, str(path))
         loaded = loaded._replace(from_encoder=from_encoder if has_two else None)
     else:
+        _require_student(from_encoder, path)
         loaded = fill(keras_slots(encoder), _read_h5(path, encoder), str(path))
     return InitialWeights(str(path), None, digest(path, None), loaded)
 
@@ -188,7 +189,7 @@ def load_keras_encoder(path: str | os.PathLike, from_encoder: str) -> tuple[kera
         The encoder, and whether the file holds two.
 
     Raises:
-        ValueError: when Keras cannot load it.
+        ValueError: when Keras cannot load it, or it holds one encoder and the teacher is asked for.
     """
     try:
         model = keras.saving.load_model(path, compile=False)
@@ -197,8 +198,15 @@ def load_keras_encoder(path: str | os.PathLike, from_encoder: str) -> tuple[kera
         raise ValueError(
             f"{path} cannot be loaded as a Keras model ({lines[0].strip()[:200]})."
         ) from error
-    name = f"{from_encoder}_encoder"
-    return getattr(model, name, model), hasattr(model, name)
+    if hasattr(model, f"{from_encoder}_encoder"):
+        return getattr(model, f"{from_encoder}_encoder"), True
+    _require_student(from_encoder, path)
+    return model, False
+
+
+def _require_student(from_encoder, path):
+    if from_encoder != "student":
+        raise ValueError(f"{path} holds one encoder, and no {from_encoder} beside another.")
 
 
 def _read_h5(path, encoder):
