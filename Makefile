@@ -20,7 +20,7 @@ test: $(VENV)/.installed  ## Run the tests
 	$(VENV)/bin/python -m pytest -n 2 tests
 
 # PyTorch is no dependency of the package: each comparison has an environment of its own.
-parity: $(VENV)-parity/.installed  ## Compare a training step with PyTorch's, in double precision
+parity: $(VENV)-parity/.installed  ## Compare training steps and weights with PyTorch's
 	$(VENV)-parity/bin/python -m pytest tests/torch_parity_test.py
 
 benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses

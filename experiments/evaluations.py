@@ -69,9 +69,12 @@ class Run(NamedTuple):
         return self.counters[-1]
 
     def encoder(self, name: str) -> keras.Model:
-        if name == "untrained":
+        if name in ("untrained", "initial"):
             keras.utils.set_random_seed(FLAGS.seed)  # As when the student was built.
-            return isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width)
+            encoder = isd_tf.build_encoder(FLAGS.encoder, FLAGS.image_size, FLAGS.width)
+            if name == "initial":
+                isd_tf.load_weights(encoder, self.workdir / workdirs.INITIAL_WEIGHTS)
+            return encoder
         return getattr(self.model, f"{name}_encoder")
 
     def batches(self, dataset: Dataset, counter: Unreadable | None = None):
@@ -206,7 +209,8 @@ def _has_one_class(dataset):
 
 def evaluate_knn(run: Run) -> None:
     bank, test, rare = run.data.bank, run.data.test, run.data.rare_labels
-    encoders = {name: run.encoder(name) for name in ("untrained", "student", "teacher")}
+    names = ["untrained", *(["initial"] if FLAGS.initial_weights else []), "student", "teacher"]
+    encoders = {name: run.encoder(name) for name in names}
     contestants = {"raw_pixels": knn.raw_pixels, **encoders}
     counters = run.counter(bank), run.counter(test)
     batches = map(run.batches, (bank, test), counters)

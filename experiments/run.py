@@ -46,7 +46,7 @@ from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
-from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
+from isd_tf.training import cluster, distribution, initial_weights, monitoring  # noqa: E402
 
 # What a check says of its progress; what lies beside the images.
 SECONDS_BETWEEN_REPORTS = 10
@@ -54,6 +54,11 @@ LEFT_OUT = "not_read.txt"
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
 COLLAPSED_STD = 0.01
 METHODS = {"isd": isd_tf.ISD, "moco_v2": isd_tf.MoCoV2, "byol": isd_tf.BYOL}
+EXPORTS = {
+    "saved_model": "SavedModel",
+    "keras_hub": "KerasHub preset",
+    "torch": "PyTorch weights",
+}
 
 
 def main():
@@ -69,7 +74,8 @@ def main():
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
         train = data.train if data else None
-        model = build_model(strategy, steps_per_epoch(train))
+        encoder, initial = build_encoder(strategy)
+        model = build_model(strategy, encoder, steps_per_epoch(train))
 
         with workdirs.locked(FLAGS.workdir, strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
@@ -79,7 +85,7 @@ def main():
                 FLAGS.keep_every_epochs * steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            begin_or_continue(workdir, checkpoints, data)
+            begin_or_continue(workdir, checkpoints, data, initial)
             first_step = checkpoints.restore_newest()
             if first_step:
                 say(f"Continuing {workdir} after step {first_step}.")
@@ -263,15 +269,33 @@ def steps_per_epoch(train):
     return len(train) // FLAGS.batch_size if train else 1
 
 
-def build_model(strategy, steps_per_epoch):
-    synchronized, groups = settings.batch_norm()
+def build_encoder(strategy):
+    """Builds the encoder, and loads a new run's initial weights before there is a teacher."""
     keras.utils.set_random_seed(FLAGS.seed)
-    with strategy.scope():
+    source = None if settings.is_begun() else FLAGS.initial_weights
+    published = source == settings.PUBLISHED
+    with cluster.failing_together(strategy), strategy.scope():
         encoder = isd_tf.build_encoder(
-            FLAGS.encoder, FLAGS.image_size, FLAGS.width, synchronized, groups
+            FLAGS.encoder, FLAGS.image_size, FLAGS.width, *settings.batch_norm(), published
         )
         if backbones.is_foreign(FLAGS.encoder):
             say(backbones.describe(FLAGS.encoder))
+        if source is None:
+            return encoder, None
+        if published:
+            initial = initial_weights.published(encoder, FLAGS.encoder)
+        else:
+            initial = isd_tf.load_weights(
+                encoder, source, FLAGS.initial_weights_encoder, FLAGS.initial_weights_step
+            )
+    cluster.require_same(strategy, {"--initial_weights": initial.sha256})
+    say(f"Initial weights: {initial.sentence()}")
+    return encoder, initial
+
+
+def build_model(strategy, encoder, steps_per_epoch):
+    synchronized, groups = settings.batch_norm()
+    with strategy.scope():
         model = METHODS[FLAGS.method](
             encoder,
             *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
@@ -293,7 +317,7 @@ def build_model(strategy, steps_per_epoch):
     return model
 
 
-def begin_or_continue(workdir, checkpoints, data):
+def begin_or_continue(workdir, checkpoints, data, initial):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
     with cluster.failing_together(checkpoints.strategy):
         if not cluster.is_chief(checkpoints.strategy):
@@ -306,8 +330,11 @@ def begin_or_continue(workdir, checkpoints, data):
         if not checkpoints.exist:
             flagfiles.write(workdir / "run.flags", settings.own_flags())
             record.write_text(json.dumps(now) + "\n")
+            if initial:
+                workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
         else:
             flagfiles.require_same(workdir / "run.flags", settings.recipe())
+            workdirs.require_same_initial_weights(workdir)
             before = json.loads(record.read_text()) if record.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
@@ -452,20 +479,29 @@ def knn_callback(run, stop):
 
 def export(run):
     """Exports the encoder; returns what went wrong, as evaluations.evaluate does."""
-    folder = run.workdir / "saved_model"
-    workdirs.remove_unfinished(folder)
-    try:
-        path = isd_tf.export_encoder(
-            run.encoder(FLAGS.export_encoder),
-            FLAGS.image_size,
-            folder,
-            max_pixels=FLAGS.max_pixels,
-            about={"exported": FLAGS.export_encoder} | workdirs.about(run.workdir),
-        )
-    except Exception as error:
-        return [program.failure("The export", error)]
-    say(f"SavedModel of the {FLAGS.export_encoder}: {path}")
-    return []
+    failures = []
+    for name in FLAGS.export_format:
+        folder = run.workdir / name
+        workdirs.remove_unfinished(folder)
+        try:
+            path = export_as(name, run, folder)
+        except Exception as error:
+            failures.append(program.failure(f"The export as {EXPORTS[name]}", error))
+            continue
+        say(f"{EXPORTS[name]} of the {FLAGS.export_encoder}: {path}")
+    return failures
+
+
+def export_as(name, run, folder):
+    encoder = run.encoder(FLAGS.export_encoder)
+    if name == "keras_hub":
+        return isd_tf.export_keras_hub(encoder, FLAGS.image_size, folder)
+    if name == "torch":
+        return isd_tf.export_torch(encoder, folder)
+    about = {"exported": FLAGS.export_encoder} | workdirs.about(run.workdir)
+    return isd_tf.export_encoder(
+        encoder, FLAGS.image_size, folder, max_pixels=FLAGS.max_pixels, about=about
+    )
 
 
 if __name__ == "__main__":

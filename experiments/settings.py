@@ -5,6 +5,7 @@ before. So the names that the package knows stand here once more; settings_test.
 """
 
 import difflib
+import glob
 import importlib.util
 import os
 import re
@@ -27,6 +28,8 @@ APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
     "EfficientNetV2S EfficientNetV2M EfficientNetV2L "
     "ConvNeXtTiny ConvNeXtSmall ConvNeXtBase ConvNeXtLarge ConvNeXtXLarge"
 ).split()
+LIBRARIES = ("keras:", "keras_hub:")  # How the names of their encoders begin.
+PUBLISHED = "published"  # Weights that such a library offers.
 HEADS = ("isd", "isd_plus", "moco_v2")
 METHODS = {  # And the flags that are their settings.
     "isd": ("queue_size", "teacher_temperature", "student_temperature", "teacher_momentum"),
@@ -35,7 +38,13 @@ METHODS = {  # And the flags that are their settings.
 }
 STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
 EVALUATIONS = ("knn", "linear", "fast_linear", "transfer", "clusters", "neighbors", "curves")
-ENCODERS = ("student", "teacher", "untrained")
+ENCODERS = ("student", "teacher", "untrained", "initial")
+PICKLES = (".pth", ".pt", ".pth.tar")
+WEIGHTS_SUFFIXES = (".keras", ".weights.h5", ".safetensors", *PICKLES)
+EXPORT_FORMATS = ("saved_model", "keras_hub", "torch")
+KERAS_HUB_ENCODERS = ("resnet18", "resnet34", "resnet50")
+KERAS_HUB_WIDTH = 64
+LARGEST_SMALL_IMAGE = 64
 LINEAR_EPOCHS = 40
 MAX_PIXELS = 178_956_970
 FEW_LABELS_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -97,6 +106,22 @@ flags.DEFINE_integer(
     "width",
     None,
     f"Channels of the first stage of {', '.join(ARCHITECTURES)}; unset: its usual ones.",
+)
+flags.DEFINE_string(
+    "initial_weights",
+    None,
+    "Whose weights a new run's encoder begins with, all of them: the workdir of another run, a "
+    f"Keras model or weights, or PyTorch's weights ({', '.join(WEIGHTS_SUFFIXES)}); or published: "
+    "what the library of a keras: or keras_hub: encoder publishes for it. Unset: random.",
+)
+flags.DEFINE_enum(
+    "initial_weights_encoder",
+    "student",
+    ["student", "teacher"],
+    "Which of two encoders that a run, a model or a checkpoint holds.",
+)
+flags.DEFINE_integer(
+    "initial_weights_step", None, "Which step of another run's checkpoints; unset: the newest."
 )
 flags.DEFINE_enum(
     "heads",
@@ -187,6 +212,12 @@ flags.DEFINE_enum(
 flags.DEFINE_integer("log_every_steps", 10, "Steps between values in TensorBoard's log.")
 flags.DEFINE_integer("knn_every_epochs", 10, "Epochs between kNN evaluations. 0: never.")
 flags.DEFINE_enum("export_encoder", "student", ["student", "teacher"], "Which encoder to export.")
+flags.DEFINE_list(
+    "export_format",
+    ["saved_model"],
+    "Some of saved_model, for TF Serving; keras_hub, a preset for KerasHub's ImageClassifier; "
+    "torch, a torchvision state dict as .safetensors.",
+)
 
 # Evaluations
 flags.DEFINE_list(
@@ -241,7 +272,7 @@ NOT_RECIPE = (
     "unbalanced unbalanced_seed data_dir image_list test_split max_unreadable max_pixels "
     "data_service workdir stages strategy cluster_timeout logical_cpus steps_per_execution compile "
     "deterministic check_replicas checkpoint_every_steps keep_checkpoints keep_every_epochs "
-    "if_checkpoint_fails log_every_steps knn_every_epochs export_encoder "
+    "if_checkpoint_fails log_every_steps knn_every_epochs export_encoder export_format "
     "evaluations evaluated_encoders label_fraction label_dataset linear_learning_rates "
     "linear_weight_decays linear_epochs transfer tfds_data_dir clusters query_images compare_with"
 ).split()
@@ -261,6 +292,7 @@ RANGES = {  # Of every whole number, and of shares.
     "batch_size": (1, LARGEST),
     "drop_factor": (0, 1),
     "seed": (0, LARGEST),
+    "initial_weights_step": (1, LARGEST),
     "cluster_timeout": (1, LARGEST),
     "logical_cpus": (1, 1024),
     "steps_per_execution": (1, LARGEST),
@@ -346,6 +378,105 @@ def _check_recipe(typed):
     _check_encoder()
     views()
     batch_norm()
+    _check_initial_weights()
+    _check_export()
+
+
+def _check_initial_weights():
+    path, step = FLAGS.initial_weights, FLAGS.initial_weights_step
+    if path is None:
+        if step is not None:
+            raise ValueError(
+                f"A step is one of another run's. Received: --initial_weights_step={step} without "
+                "--initial_weights."
+            )
+        return
+    if path == PUBLISHED:
+        if not FLAGS.encoder.startswith(LIBRARIES) or step is not None:
+            raise ValueError(
+                f"Published weights are those of {' and '.join(LIBRARIES)} encoders, and of no "
+                f"step. Received: --initial_weights={path} with --encoder={FLAGS.encoder}"
+                f"{'' if step is None else f', --initial_weights_step={step}'}."
+            )
+        return
+    if os.path.realpath(path) == os.path.realpath(FLAGS.workdir):
+        raise ValueError(
+            "A run begins with the weights of another one, and continues its own without being "
+            f"told. Received: --initial_weights={path}, which is --workdir."
+        )
+    if is_begun():
+        return  # They were loaded when it began.
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"No such weights. Received: --initial_weights={path}.")
+    if os.path.isdir(path):
+        places = glob.glob(os.path.join(glob.escape(path), "checkpoints", "step-*"))
+        names = [os.path.basename(place).removeprefix("step-") for place in places]
+        steps = sorted(int(name) for name in names if name.isdigit())
+        if not steps:
+            raise ValueError(
+                "The weights of a run are in its checkpoints. Received: "
+                f"--initial_weights={path}, without any."
+            )
+        if step is not None and step not in steps:
+            raise ValueError(
+                f"{path} has checkpoints of the steps {', '.join(map(str, steps))}. Received: "
+                f"--initial_weights_step={step}."
+            )
+        return
+    if step is not None:
+        raise ValueError(
+            f"Only runs have steps. Received: --initial_weights_step={step} with the file {path}."
+        )
+    if not path.endswith(WEIGHTS_SUFFIXES):
+        raise ValueError(
+            "--initial_weights must be a run's workdir, or a file ending in "
+            f"{', '.join(WEIGHTS_SUFFIXES)}. Received: {path}."
+        )
+    if path.endswith(PICKLES) and importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            "PyTorch reads .pth and .pt files, and is not installed: pip install 'isd_tf[torch]'. "
+            f"Received: --initial_weights={path}. A .safetensors file needs none."
+        )
+
+
+def is_begun() -> bool:
+    """Whether the workdir has checkpoints to continue from, damaged ones included."""
+    folder = os.path.join(glob.escape(FLAGS.workdir), "checkpoints")
+    return any(glob.glob(os.path.join(folder, f"{kind}-*")) for kind in ("step", "damaged"))
+
+
+def _check_export():
+    unknown = [name for name in FLAGS.export_format if name not in EXPORT_FORMATS]
+    if unknown or not FLAGS.export_format:
+        raise ValueError(
+            f"--export_format must be some of {', '.join(EXPORT_FORMATS)}. Received: "
+            f"--export_format={','.join(FLAGS.export_format)}."
+        )
+    if "export" not in FLAGS.stages:
+        return
+    if "keras_hub" in FLAGS.export_format:
+        usual = FLAGS.width in (None, KERAS_HUB_WIDTH)
+        if (
+            FLAGS.encoder not in KERAS_HUB_ENCODERS
+            or FLAGS.image_size <= LARGEST_SMALL_IMAGE
+            or not usual
+        ):
+            raise ValueError(
+                f"KerasHub's ResNet is {', '.join(KERAS_HUB_ENCODERS)} of the usual width for "
+                f"images above {LARGEST_SMALL_IMAGE} pixels. Received: --export_format=keras_hub "
+                f"with --encoder={FLAGS.encoder}, --image_size={FLAGS.image_size}"
+                f"{'' if usual else f', --width={FLAGS.width}'}."
+            )
+        if importlib.util.find_spec("keras_hub") is None:
+            raise ValueError(
+                "--export_format=keras_hub needs KerasHub, which is not installed: pip install "
+                "'isd_tf[hub]'."
+            )
+    if "torch" in FLAGS.export_format and FLAGS.encoder not in ARCHITECTURES:
+        raise ValueError(
+            f"PyTorch's names are known of {', '.join(ARCHITECTURES)}. Received: "
+            f"--export_format=torch with --encoder={FLAGS.encoder}."
+        )
 
 
 def _check_encoder():
@@ -353,7 +484,7 @@ def _check_encoder():
     name = FLAGS.encoder
     if name in ARCHITECTURES:
         return
-    if not (name.startswith(("keras:", "keras_hub:")) or name.endswith(".keras")):
+    if not (name.startswith(LIBRARIES) or name.endswith(".keras")):
         known = [*ARCHITECTURES, *(f"keras:{one}" for one in APPLICATIONS)]
         raise ValueError(
             f"Unknown encoder.{_nearest(name, known)} Expected one of {', '.join(ARCHITECTURES)}; "
@@ -392,6 +523,11 @@ def _check_evaluations():
                 f"--{name} must be some of {', '.join(known)}. Received: "
                 f"--{name}={','.join(FLAGS[name].value)}."
             )
+    if "initial" in FLAGS.evaluated_encoders and FLAGS.initial_weights is None:
+        raise ValueError(
+            "The initial encoder is that of a run with --initial_weights. Received: "
+            f"--evaluated_encoders={','.join(FLAGS.evaluated_encoders)} without."
+        )
     if not 0 < FLAGS.label_fraction <= 1:
         raise ValueError(
             "--label_fraction must be greater than 0 and at most 1. "

@@ -11,10 +11,13 @@ import shutil
 from collections.abc import Iterator
 
 import flagfiles
+import keras
 import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
-from isd_tf.training import cluster
+from isd_tf.training import cluster, initial_weights
+
+INITIAL_WEIGHTS = "initial_weights.weights.h5"
 
 
 @contextlib.contextmanager
@@ -92,8 +95,13 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
 
 
 def about(workdir: pathlib.Path) -> dict:
-    """What a model card tells of a run: its recipe, images, versions and scores."""
-    files = {"data": "dataset.json", "versions": "versions.json", "scores": "results.json"}
+    """What a model card tells of a run: recipe, images, versions, scores, initial weights."""
+    files = {
+        "data": "dataset.json",
+        "versions": "versions.json",
+        "scores": "results.json",
+        "initial_weights": "initial_weights.json",
+    }
     found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
     recipe = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
     return {"recipe": recipe} | {name: json.loads(path.read_text()) for name, path in found.items()}
@@ -106,18 +114,44 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     os.replace(unfinished, path)
 
 
+def keep_initial_weights(
+    workdir: pathlib.Path, initial: initial_weights.InitialWeights, encoder: keras.Model
+) -> None:
+    """Keeps the weights that a run begins with, for its evaluation, and where they are from."""
+    encoder.save_weights(workdir / INITIAL_WEIGHTS)
+    loaded = initial.loaded._asdict()
+    write_json(workdir / "initial_weights.json", initial._asdict() | {"loaded": loaded})
+
+
+def require_same_initial_weights(workdir: pathlib.Path) -> None:
+    """Raises ValueError when the file that a run began with holds other weights by now."""
+    path = workdir / "initial_weights.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    now = initial_weights.digest(record["path"], record["step"])
+    if now not in (None, record["sha256"]):  # It may be gone.
+        raise ValueError(
+            f"The workdir {workdir} was begun with other weights: {record['path']} had the sha256 "
+            f"{record['sha256'][:12]}... then, {now[:12]}... now. Restore it, or use another "
+            "--workdir."
+        )
+
+
 def remove_unfinished(folder: pathlib.Path) -> None:
     """Removes what a call that was killed has left half-way: the workdir is this one's."""
     for leftover in folder.glob("unfinished-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def used_data_service(workdir: pathlib.Path) -> bool:
     """Whether the run was begun with a data service."""
-    return bool(_flag(workdir, "data_service"))
+    return bool(flag(workdir, "data_service"))
 
 
-def _flag(workdir, name):
+def flag(workdir: pathlib.Path, name: str) -> str | None:
     """A flag's value as the run was begun, or None."""
     lines = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
     start = f"--{name}="
@@ -135,7 +169,7 @@ def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[floa
     """
     if not (workdir / "run.flags").exists():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no run.flags.")
-    batch_size = int(_flag(workdir, "batch_size"))
+    batch_size = int(flag(workdir, "batch_size"))
     images = json.loads((workdir / "dataset.json").read_text())["images"]
     curves = {"student": {}, "teacher": {}}
     # A continued run has several files, and the later ones know better.

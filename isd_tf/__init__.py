@@ -22,9 +22,12 @@ from isd_tf.methods.feature_queue import FeatureQueue
 from isd_tf.methods.isd import ISD
 from isd_tf.methods.moco_v2 import MoCoV2
 from isd_tf.methods.student_teacher import StudentTeacher
+from isd_tf.networks import torch_weights
 from isd_tf.networks.encoders import build_encoder
 from isd_tf.networks.heads import isd_heads, isd_plus_heads, moco_v2_heads
 from isd_tf.serving.export import export_encoder
+from isd_tf.serving.formats import export_keras_hub, export_torch
+from isd_tf.training.initial_weights import load_weights
 from isd_tf.training.optimizers import TorchSGD
 from isd_tf.training.schedules import CosineByEpoch, DropsByEpoch
 from isd_tf.views import augment, layers
@@ -46,12 +49,16 @@ __all__ = [
     "datasets",
     "evaluation_batches",
     "export_encoder",
+    "export_keras_hub",
+    "export_torch",
     "isd_heads",
     "isd_plus_heads",
     "knn_accuracy",
     "layers",
+    "load_weights",
     "losses",
     "moco_v2_heads",
     "pretraining_batches",
     "subsets",
+    "torch_weights",
 ]

@@ -1,5 +1,6 @@
 """Foreign backbones: each a run's life in small, and what they make of pixels and mistakes."""
 
+import hashlib
 import sys
 
 import in_process
@@ -187,6 +188,18 @@ def test_a_hub_backbones_features_are_its_class_token_of_converted_pixels(vit):
     converter = keras_hub.layers.ImageConverter.from_preset(str(vit))
     expected = backbone(converter(LEVELS.astype(np.float32)), training=False)[:, 0]
     np.testing.assert_allclose(encoder(IMAGES, training=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_begins_with_published_weights_and_tells_of_them(vit, tmp_path, capsys):
+    arguments = [f"--encoder=keras_hub:{vit}", f"--workdir={tmp_path}"]
+    in_process.set_flags("--flagfile=quickstart.flags", "--initial_weights=published", *arguments)
+    encoder, initial = in_process.run.build_encoder(tf.distribute.get_strategy())
+    expected = isd_tf.build_encoder(f"keras_hub:{vit}", SIZE, published_weights=True)
+    for ours, theirs in zip(encoder.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    stored = b"".join(weight.numpy().tobytes() for weight in expected.weights)
+    assert initial.sha256 == hashlib.sha256(stored).hexdigest()
+    assert f"of what is published for keras_hub:{vit}" in capsys.readouterr().out
 
 
 def test_a_hub_backbone_is_built_for_other_images_where_it_is_not_tied_to_weights(vit):

@@ -61,7 +61,8 @@ def results_of(workdir):
 
 def restored(workdir):
     """The model of a small run, from its checkpoint; flags are those of the call before."""
-    model = run.build_model(tf.distribute.get_strategy(), 6)
+    strategy = tf.distribute.get_strategy()
+    model = run.build_model(strategy, run.build_encoder(strategy)[0], 6)
     checkpoints = Checkpoints(workdir / "checkpoints", model)
     assert checkpoints.restore_newest()
     return model
@@ -100,7 +101,11 @@ def search_of(workdir, name):
 
 def assert_documented(results):
     """Every name is one of docs/evaluation.md's, whose parts in capitals stand for others."""
-    parts = {"ENCODER": "raw_pixels|untrained|student|teacher", "K": "1|5|20", "DATASET": r"\w+"}
+    parts = {
+        "ENCODER": "raw_pixels|untrained|initial|student|teacher",
+        "K": "1|5|20",
+        "DATASET": r"\w+",
+    }
     parts |= {"METRIC": "top1|mean_per_class", "LABELS": r"(?:_[\d.]+pct|_\w+_\d+pct)?"}
     patterns = [re.sub("[A-Z]+", lambda m: f"(?:{parts[m[0]]})", name) for name in NAMES]
     for name in results:
@@ -283,7 +288,9 @@ def test_an_export_on_a_full_disk_is_said_and_leaves_nothing_behind(evaluated, p
         call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
                         "--evaluations=clusters"))  # fmt: skip
     text = str(error.value)
-    assert "The evaluation clusters failed: " in text and "The export failed: " in text
+    assert (
+        "The evaluation clusters failed: " in text and "The export as SavedModel failed: " in text
+    )
     assert "File too large" in text and "\n" not in text
     assert not list((evaluated.workdir / "saved_model").iterdir())
     assert "Results: " in capsys.readouterr().out
@@ -499,7 +506,7 @@ def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, t
     [
         (["--evaluations=knn,probe"], "some of knn, linear.*Received: --evaluations=knn,probe"),
         (["--evaluations="], "--evaluations must be some of"),
-        (["--evaluated_encoders=key"], "some of student, teacher, untrained.*key"),
+        (["--evaluated_encoders=key"], "some of student, teacher, untrained, initial.*key"),
         (["--label_fraction=0"], "greater than 0 and at most 1. Received: 0"),
         (["--label_fraction=1.5"], "greater than 0 and at most 1. Received: 1.5"),
         (

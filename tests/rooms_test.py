@@ -12,11 +12,11 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "isd_tf"
 MAY_IMPORT = {
     "views": (),
     "networks": ("views",),
-    "training": (),
+    "training": ("networks",),
     "data": ("views",),
     "methods": ("views", "networks", "training"),
     "evaluation": ("data", "views", "methods"),
-    "serving": ("data", "views"),
+    "serving": ("data", "views", "networks"),
     "report": ("views", "evaluation"),
 }
 

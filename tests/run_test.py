@@ -413,7 +413,8 @@ def test_a_finished_workdir_is_exported_without_its_data(finished, tmp_path):
 def test_the_untrained_contestant_is_the_student_before_its_first_step():
     set_flags(*small_run("unused", "unused"))
     keras.utils.set_random_seed(run.FLAGS.seed)
-    model = run.build_model(tf.distribute.get_strategy(), 1)
+    encoder, _ = run.build_encoder(tf.distribute.get_strategy())
+    model = run.build_model(tf.distribute.get_strategy(), encoder, 1)
     keras.utils.set_random_seed(run.FLAGS.seed)
     untrained = isd_tf.build_encoder(run.FLAGS.encoder, run.FLAGS.image_size, run.FLAGS.width)
     for ours, theirs in zip(model.student_encoder.weights, untrained.weights, strict=True):

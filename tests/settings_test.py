@@ -9,8 +9,9 @@ from absl import flags
 
 from isd_tf.data import pixels
 from isd_tf.evaluation import linear, transfer
-from isd_tf.networks import backbones, encoders, heads
-from isd_tf.training import distribution
+from isd_tf.networks import backbones, encoders, heads, torch_weights
+from isd_tf.serving import formats
+from isd_tf.training import distribution, initial_weights
 from isd_tf.views import augment
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
@@ -34,6 +35,12 @@ RECIPES = sorted(path.name for path in EXPERIMENTS.glob("*.flags"))
         (settings.METHODS, run.METHODS),
         (settings.STRATEGIES, distribution.STRATEGIES),
         (settings.EVALUATIONS, evaluations.EVALUATIONS),
+        (settings.PICKLES, torch_weights.PICKLES),
+        (settings.WEIGHTS_SUFFIXES, initial_weights.SUFFIXES),
+        (settings.EXPORT_FORMATS, run.EXPORTS),
+        (settings.KERAS_HUB_ENCODERS, formats.KERAS_HUB_ENCODERS),
+        ([settings.LARGEST_SMALL_IMAGE], [encoders.LARGEST_SMALL_IMAGE]),
+        ([settings.KERAS_HUB_WIDTH], [formats.KERAS_HUB_WIDTH]),
         (settings.TRANSFER, transfer.PAPER_TASKS),
         (settings.FEW_LABELS_LEARNING_RATES, linear.FEW_LABELS_LEARNING_RATES),
         (settings.FEW_LABELS_WEIGHT_DECAYS, linear.FEW_LABELS_WEIGHT_DECAYS),

@@ -1,19 +1,24 @@
-"""isd_tf's whole training step against the paper's, written in PyTorch, in double precision.
+"""isd_tf against PyTorch: whole training steps, in double precision, and weights in files.
 
 `make parity` runs these where PyTorch is; elsewhere they are skipped. The PyTorch side knows
 nothing of isd_tf: networks from benchmarks/torch_networks.py, torch's SGD, BatchNorm and KL, and
 the teacher moved at the start of the next step, as in the reference (train_isd.py:183).
 """
 
+import argparse
 import copy
 import importlib.util
+import os
 import pathlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch_checkpoints
+from torch_checkpoints import FEATURES, QUEUE, TINY, fill
 
 import isd_tf
+from isd_tf import torch_weights
 from isd_tf.networks.heads import HEADS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -168,3 +173,135 @@ def test_steps_equal_pytorch(
     for ours, theirs in sides:
         assert_equal_networks(ours, theirs, tolerance)
     np.testing.assert_allclose(model.queue.read_anchors(), queue, tolerance, tolerance)
+
+
+# --------------------------------------------------------------------------------- weights in files
+
+
+def shake(torch, network):
+    """Gives BatchNorm values that are not its initial ones."""
+    torch.manual_seed(0)
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim == 1:
+            centre = 0 if name.endswith(("bias", "running_mean")) else 1
+            tensor.copy_(torch.rand_like(tensor) * 0.5 - 0.25 + centre)
+
+
+def features_of_both(torch, encoder, network, size):
+    """Features of two images by isd_tf and by PyTorch."""
+    dtype = encoder.weights[0].numpy().dtype
+    images = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = network.eval()(torch.from_numpy(images.astype(dtype)).permute(0, 3, 1, 2))
+    assert theirs.std() > 0.01
+    return encoder(images, training=False).numpy(), theirs.numpy()
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_pytorchs_features_from_its_file(architecture, float64, torch, torch_networks, tmp_path):
+    network = torch_networks.encoder(architecture, 224).double()
+    shake(torch, network)
+    # DataParallel's names, and a classifier, as torchvision's models have it.
+    state = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    state["module.fc.weight"] = torch.zeros(1000, 512)
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "a.pth.tar")
+    encoder = isd_tf.build_encoder(architecture, 224)
+    loaded = torch_weights.load_encoder(encoder, tmp_path / "a.pth.tar")
+    assert loaded.ignored == ("fc.weight",)
+    ours, theirs = features_of_both(torch, encoder, network, 224)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "suffix"),
+    [("resnet18", ".pt"), ("resnet18", ".safetensors"), ("resnet50", ".pth")],
+)
+def test_our_features_in_pytorch(architecture, suffix, torch, torch_networks, tmp_path):
+    """Strict loading passes: the network has no classifier."""
+    network = torch_networks.encoder(architecture, 224)
+    shake(torch, network)
+    encoder = isd_tf.build_encoder(architecture, 224)
+    with torch.no_grad():
+        for _, variable, tensor, axes in tensors(encoder, network):
+            variable.assign(tensor.numpy().transpose(np.argsort(axes)))
+    torch_weights.save(encoder, tmp_path / f"a{suffix}")
+    if suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(tmp_path / "a.safetensors")
+    else:
+        state = torch.load(tmp_path / f"a{suffix}", weights_only=True)
+    again = torch_networks.encoder(architecture, 224)
+    again.load_state_dict(state, strict=True)
+    ours, theirs = features_of_both(torch, encoder, again, 224)
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+def as_tensors(torch, arrays):
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def tiny():
+    return isd_tf.build_encoder("tiny_resnet", 16, 4)
+
+
+def test_checkpoints_with_all_that_their_programs_save(torch, tmp_path):
+    """ISD's, MSF's and CompRess' hold their command line; half precision is widened."""
+    path = tmp_path / "ckpt_epoch_3.pth"
+    arrays = fill(torch_checkpoints.isd(True, labels=True))
+    options = argparse.Namespace(arch="resnet18", queue_size=QUEUE)
+    rest = {"opt": options, "optimizer": {"state": {}, "param_groups": []}, "epoch": 3}
+    torch.save({"state_dict": as_tensors(torch, arrays), **rest}, path)
+    model = isd_tf.ISD(tiny(), *isd_tf.isd_plus_heads(FEATURES), queue_size=QUEUE)
+    torch_weights.load_model(model, path)
+    np.testing.assert_array_equal(model.queue.read_anchors(), arrays["queue"])
+    kernel = arrays["encoder_k.module.conv1.weight"]
+    ours = model.teacher_encoder.get_layer("conv1").kernel.numpy()
+    np.testing.assert_array_equal(ours, np.einsum("oiyx->yxio", kernel))
+
+    arrays = fill(torch_checkpoints.compress())
+    halves = {k: v.bfloat16() for k, v in as_tensors(torch, arrays).items()}
+    torch.save({"model": halves, **rest}, path)
+    encoder = tiny()
+    isd_tf.load_weights(encoder, path)
+    ours = encoder.get_layer("bn1").moving_variance.numpy()
+    np.testing.assert_allclose(ours, arrays["module.bn1.running_var"], rtol=1e-2)
+
+
+class RunsCode:
+    """What a pickle may do to whoever reads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(torch, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": as_tensors(torch, fill(TINY)), "x": RunsCode(tmp_path / "x")}, path)
+    with pytest.raises(ValueError, match=r"needs code to be read \(posix.mkdir\).*is refused"):
+        torch_weights.load_encoder(tiny(), path)
+    assert not (tmp_path / "x").exists()
+    torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match=r"needs code to be read \(torch.nn"):
+        torch_weights.load_encoder(tiny(), path)
+
+
+def test_files_that_hold_no_weights_are_refused_in_a_sentence(torch, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(as_tensors(torch, fill(TINY)), path)
+    whole = path.read_bytes()
+    damaged = (whole[:-500], whole[:100], whole[: len(whole) // 2], b"text\n" * 9, b"\x80\x02}q.")
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no file of PyTorch's, or not a whole one|no state"):
+            torch_weights.load_encoder(tiny(), path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        torch_weights.load_encoder(tiny(), path)
+    for content in ([1, 2], {"epoch": 3, "net": {}}, {}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="state dict.*Received"):
+            torch_weights.load_encoder(tiny(), path)

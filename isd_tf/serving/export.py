@@ -1,11 +1,12 @@
 """The encoder as a SavedModel for TF Serving: its signatures, warm-up requests and model card."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -71,28 +72,47 @@ def export_encoder(
             f"Received: {len(class_names)}."
         )
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-    version = directory / str(max(taken, default=0) + 1)
-
     archive = keras.export.ExportArchive()
     signatures = _signatures(encoder, image_size, classifier, class_names, max_pixels)
     for name, (function, spec) in signatures.items():
         # Not tracked: the endpoints' own captures are stored, once each.
         archive.add_endpoint(name, function, [spec])
-    # TF Serving takes up a numeric folder as soon as it appears, so it appears complete.
-    unfinished = directory / f"unfinished-{version.name}-{os.getpid()}"
-    try:
+    with next_version(directory) as (unfinished, version):
         archive.write_out(str(unfinished), verbose=False)
         _write_warm_up_requests(unfinished / WARM_UP_REQUESTS, directory.name, signatures)
         card = model_card(encoder, image_size, classifier, class_names, max_pixels, signatures)
         text = json.dumps(card | dict(about or {}), indent=2) + "\n"
         (unfinished / MODEL_CARD).write_text(text)
+    return str(version)
+
+
+@contextlib.contextmanager
+def next_version(
+    directory: str | os.PathLike, suffix: str = ""
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """Makes what is written at the first path appear, complete, at the second one.
+
+    TF Serving takes up a numeric folder as soon as it appears. The second path is `directory`/<the
+    next free number><suffix>.
+
+    Raises:
+        OSError: when the directory cannot be made.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = [path.name.removesuffix(suffix) for path in directory.iterdir()]
+    number = max((int(name) for name in names if name.isdigit()), default=0) + 1
+    unfinished = directory / f"unfinished-{number}-{os.getpid()}{suffix}"
+    version = directory / f"{number}{suffix}"
+    try:
+        yield unfinished, version
         unfinished.rename(version)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)  # What is there fills the disk.
+        # What is there fills the disk.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished.is_file():
+            unfinished.unlink()
         raise
-    return str(version)
 
 
 def _signatures(encoder, image_size, classifier, class_names, max_pixels):
