@@ -284,7 +284,7 @@ def test_a_file_brings_architecture_and_weights(tmp_path):
     network = small_network()
     random = np.random.default_rng(0)
     network.set_weights([random.uniform(0.1, 2, w.shape) for w in network.get_weights()])
-    backbones.finalize_normalization(network)
+    network.layers[1].finalize_state()
     path = tmp_path / "network.keras"
     network.save(path)
     encoder = isd_tf.build_encoder(str(path), SIZE)
