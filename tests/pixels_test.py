@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 from PIL import Image, ImageOps
 
-from isd_tf.data import pixels
+from isd_tf.data import graph_decoder, pixels
 
 # Large flat areas, so that the roundings of lossy formats stay small; no two sides are alike.
 SCENE = np.asarray(
@@ -272,7 +272,7 @@ SIXTEEN_BITS = {
     "png, 1 bit": (png(GREY // 128, 1, 0, chunk(b"tRNS", b"\0\0")), GREY * 0 + 255, IN_GRAPH),
 }  # fmt: skip
 
-decode = tf.function(pixels.decode, input_signature=[tf.TensorSpec([], tf.string)])
+decode = tf.function(graph_decoder.decode, input_signature=[tf.TensorSpec([], tf.string)])
 
 
 def seen(encoded):
@@ -412,7 +412,7 @@ def test_heic_is_read_where_its_package_is_installed(monkeypatch):
 
 def test_one_limit_of_pixels_holds_for_every_format_and_route():
     small = tf.function(
-        lambda encoded: pixels.decode(encoded, max_pixels=1199),
+        lambda encoded: graph_decoder.decode(encoded, max_pixels=1199),
         input_signature=decode.input_signature,
     )
     for form in ("jpeg", "png", "webp", "webp, alpha", "gif", "bmp", "tiff", "avif"):
