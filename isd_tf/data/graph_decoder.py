@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import ExifTags
 
-from isd_tf.data.pixels import JPEG_BEGIN, MAX_PIXELS, PNG_BEGIN, WHITE
+from isd_tf.data.pixels import JPEG_BEGIN, MAX_PIXELS, PNG_BEGIN, WHITE, image_suffixes
+from isd_tf.views.crops import in_parts
 
 # What `decode` reads, and how names of such files end.
 GRAPH_FORMATS = {
@@ -50,8 +51,10 @@ def decode(
 
 
 def graph_formats(paths: Iterable[str]) -> tuple[str, ...]:
-    """Which of `decode`'s formats files should have by their names."""
+    """Which of `decode`'s formats files should have by their names, or by none."""
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}
+    if suffixes - image_suffixes():  # Found to be images by what is in them.
+        suffixes |= {".jpg", ".png"}
     return tuple(name for name, own in GRAPH_FORMATS.items() if suffixes & own)
 
 
@@ -87,27 +90,32 @@ def _decode(encoded, max_pixels, formats):
     for condition, branch in [(empty, other), *(kinds[name] for name in formats)][::-1]:
         result = functools.partial(_choose, condition, branch, result)
     image, orientation = result()
-    upright = tf.switch_case(
-        tf.where((orientation >= 2) & (orientation <= 8), orientation - 1, 0),
-        [
-            lambda: image,
-            lambda: image[:, ::-1],
-            lambda: image[::-1, ::-1],
-            lambda: image[::-1],
-            lambda: _transposed(image),
-            lambda: _transposed(image[::-1]),
-            lambda: _transposed(image[::-1, ::-1]),
-            lambda: _transposed(image[:, ::-1]),
-        ],
+    upright = tf.cond(
+        (orientation >= 2) & (orientation <= 8),
+        lambda: _turned(image, orientation),
+        lambda: image,
     )
     return tf.ensure_shape(upright, [None, None, 3])
 
 
+def _turned(image, orientation):
+    def is_one_of(*orientations):
+        return tf.reduce_any(orientation == orientations)
+
+    image = tf.cond(is_one_of(2, 3, 7, 8), lambda: image[:, ::-1], lambda: image)
+    image = tf.cond(is_one_of(3, 4, 6, 7), lambda: image[::-1], lambda: image)
+    return tf.cond(orientation >= 5, lambda: _transposed(image), lambda: image)
+
+
 def _transposed(image):
-    # Of uint8, oneDNN complains that it cannot transpose it, in every run's output. Without the
-    # factors TensorFlow would do it before the cast all the same.
-    halves = tf.transpose(tf.cast(image, tf.float32) * 0.5, [1, 0, 2])
-    return tf.cast(halves * 2.0, tf.uint8)
+    def transpose(columns):
+        # Of uint8, oneDNN complains that it cannot transpose it, in every run's output. Without
+        # the factors TensorFlow would do it before the cast all the same.
+        halves = tf.transpose(tf.cast(columns, tf.float32) * 0.5, [1, 0, 2])
+        return tf.cast(halves * 2.0, tf.uint8)
+
+    nothing = tf.zeros([0, tf.shape(image)[0], 3], tf.uint8)
+    return in_parts(transpose, image, axis=1, result=nothing, joined=0)
 
 
 def _choose(condition, branch, otherwise):
@@ -359,14 +367,19 @@ def _number32(encoded, at):
 def _on_white(image):
     """Lays uint8 [H, W, 4] on white, rounded as Pillow does; returns uint8 [H, W, 3]."""
 
-    def lay():
-        values = tf.cast(image, tf.int32)
+    def lay(rows):
+        values = tf.cast(rows, tf.int32)
         alpha = values[..., 3:]
         # No 255 * 255 + 127 is half way between two levels: 255 is odd.
         return tf.cast((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
     opaque = tf.reduce_min(image[..., 3]) == 255
-    return tf.cond(opaque, lambda: image[..., :3], lay)
+    nothing = tf.zeros([0, tf.shape(image)[1], 3], tf.uint8)
+    return tf.cond(
+        opaque,
+        lambda: image[..., :3],
+        lambda: in_parts(lay, image, axis=0, result=nothing, joined=0),
+    )
 
 
 def _orientation_of(exif, xmp):

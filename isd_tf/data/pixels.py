@@ -64,6 +64,17 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
+def kind_of_beginning(begin: bytes) -> str:
+    """Whether a file that begins so is an "image" that is read, a "HEIC" that is not, or neither.
+
+    Args:
+        begin: the first BEGINNING bytes.
+    """
+    if _is_heif(begin):
+        return "image" if _register_heif() else "HEIC"
+    return "image" if SURE_SIGNATURES.match(begin) else ""
+
+
 def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image of any format that Pillow opens, whatever its name ends in.
 
@@ -111,12 +122,22 @@ TRANSPOSITIONS = {
 }
 # Entries of Pillow's `info` that can hold the orientation; of TIFF Pillow itself sees to it.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# How much of a file `kind_of_beginning` asks for.
+BEGINNING = 32
 JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 # ISO 14496-12 files, by the brand that follows "ftyp".
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # How images begin; what does not go on as it should is cut off or damaged.
 SIGNATURES = (JPEG_BEGIN, PNG_BEGIN, b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# The beginnings of images that no other kind of file shares.
+SURE_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|8BPS\0\x01|qoif"
+    # JPEG 2000 in its box and without; AVIF; PBM, PGM, PPM; BMP by its reserved and head's bytes.
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|....ftypavi[fs]|P[1-6]\s+[0-9#]"
+    rb"|BM....\0\0\0\0...\0[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    re.DOTALL,
+)
 
 
 @functools.cache

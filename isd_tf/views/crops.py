@@ -7,6 +7,7 @@ threads, or on what else is in a batch. It differs from Pillow's by one level at
 """
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -20,6 +21,8 @@ ASPECT = (3 / 4, 4 / 3)
 WEIGHT_BITS = 15
 # Neighbouring outputs share most of their inputs: so many at a time are one matrix product.
 BLOCK = 16
+# Of a large image so many pixels at a time become floats, which take four times its memory.
+PART_PIXELS = 2**21
 
 
 def random_resized_crop(
@@ -152,24 +155,75 @@ def _resample(images, starts, steps, firsts, ends, size):
     Output i of an axis is centred at starts + (i + 1/2) * steps of the input, and made of its
     pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
     """
-    count = tf.shape(images)[0]
-    levels = tf.cast(images, tf.float32)
-    for axis in (1, 0):  # Across first, as Pillow does with few exceptions.
-        # This axis first. The scale belongs to the weights. Here it keeps TensorFlow from
-        # transposing before the cast, as uint8, of which oneDNN complains in every run's output.
-        lines = tf.transpose(levels * 2**-WEIGHT_BITS, [0, 2, 1, 3])
-        length, other = tf.shape(lines)[1], tf.shape(lines)[2]
-        window, weights = _blocks(
-            *(values[:, axis] for values in (starts, steps, firsts, ends)), size
-        )
-        _, blocks, _, taps = tf.unstack(tf.shape(weights))
-        window = tf.broadcast_to(window, [count, blocks * taps])
-        weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
-        lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
-        lines = tf.reshape(lines, [count * blocks, taps, other * 3])
-        sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
-        levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
-    return tf.ensure_shape(tf.cast(levels, tf.uint8), [None, size, size, 3])
+
+    def resize(axis, images):
+        of_axis = (values[:, axis] for values in (starts, steps, firsts, ends))
+        return _resize_across(images, *_blocks(*of_axis, size), size)
+
+    # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
+    if images.shape[0] == 1:
+        across = in_parts(
+            lambda rows: resize(1, rows[tf.newaxis])[0],
+            images[0],
+            axis=0,
+            result=tf.zeros([size, 0, 3], tf.uint8),
+            joined=1,
+        )[tf.newaxis]
+    else:
+        across = resize(1, images)
+    return tf.ensure_shape(resize(0, across), [None, size, size, 3])
+
+
+def _resize_across(images, window, weights, size):
+    """Resizes [B, H, W, 3] along W, by `_blocks` of it, to uint8 [B, size, H, 3]."""
+    count, other, length = tf.unstack(tf.shape(images)[:3])
+    # The scale belongs to the weights. Here it keeps TensorFlow from transposing before the cast,
+    # as uint8, of which oneDNN complains in every run's output.
+    lines = tf.transpose(tf.cast(images, tf.float32) * 2**-WEIGHT_BITS, [0, 2, 1, 3])
+    _, blocks, _, taps = tf.unstack(tf.shape(weights))
+    window = tf.broadcast_to(window, [count, blocks * taps])
+    weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
+    lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
+    lines = tf.reshape(lines, [count * blocks, taps, other * 3])
+    sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
+    levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
+    return tf.cast(levels, tf.uint8)
+
+
+def in_parts(
+    function: Callable[[tf.Tensor], tf.Tensor],
+    image: tf.Tensor,
+    axis: int,
+    result: tf.Tensor,
+    joined: int,
+) -> tf.Tensor:
+    """Applies a function to parts of an image, one after the other, and joins what it returns.
+
+    Args:
+        function: a part of the image to uint8 of rank 3.
+        image: uint8 [H, W, C].
+        axis: 0 or 1, which the image is cut along, into parts of about PART_PIXELS.
+        result: what no part at all would give, of length 0 along `joined`.
+        joined: axis along which the results are put together.
+    """
+    sides = tf.shape(image)
+    step = tf.maximum(PART_PIXELS // tf.maximum(sides[1 - axis], 1), 1)
+
+    def join(begin, result):
+        end = begin + step
+        part = function(image[begin:end] if axis == 0 else image[:, begin:end])
+        return end, tf.concat([result, part], joined)
+
+    shape = result.shape.as_list()
+    shape[joined] = None
+    _, result = tf.while_loop(
+        lambda begin, result: begin < sides[axis],
+        join,
+        (tf.constant(0), result),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape(shape)),
+        parallel_iterations=1,
+    )
+    return result
 
 
 def _blocks(start, step, first, end, size):
