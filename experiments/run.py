@@ -34,6 +34,7 @@ program.import_tensorflow()
 import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
+import memory  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
@@ -47,6 +48,7 @@ from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, monitoring  # noqa: E402
+from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 
 # What a check says of its progress; what lies beside the images.
 SECONDS_BETWEEN_REPORTS = 10
@@ -265,6 +267,7 @@ def steps_per_epoch(train):
 
 def build_model(strategy, steps_per_epoch):
     synchronized, groups = settings.batch_norm()
+    memory.require_for_networks(FLAGS.batch_size // cluster.number_of_workers(strategy))
     keras.utils.set_random_seed(FLAGS.seed)
     with strategy.scope():
         encoder = isd_tf.build_encoder(
@@ -272,9 +275,12 @@ def build_model(strategy, steps_per_epoch):
         )
         if backbones.is_foreign(FLAGS.encoder):
             say(backbones.describe(FLAGS.encoder))
+        projector, predictor = HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups)
+        memory.require_for_queue((projector or encoder).output_shape[-1])
         model = METHODS[FLAGS.method](
             encoder,
-            *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
+            projector,
+            predictor,
             shuffle_batch_norm=not synchronized,
             seed=FLAGS.seed,
             **{name: FLAGS[name].value for name in settings.METHODS[FLAGS.method]},
@@ -400,7 +406,7 @@ def pretrain(run, first_step):
         means = {name: float(value) for name, value in logs.items() if not name.endswith(scored)}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
         last_means.update(means)
-        means["unreadable_images"] = len(unreadable.names)  # That the chief has met.
+        means["unreadable_images"] = counting.count
         try:
             workdirs.record(workdir, means, checkpoints.step)
         except OSError as error:
@@ -408,6 +414,9 @@ def pretrain(run, first_step):
                 raise
             logging.error("The epoch's results cannot be written (%s).", error)
 
+    counting = CountUnreadable(
+        strategy, unreadable.met_before, unreadable.refusal, FLAGS.batch_size
+    )
     stop = checkpointing.StopWhenTold(checkpoints)
     watching = [
         monitoring.EpochMeans(),
@@ -425,6 +434,7 @@ def pretrain(run, first_step):
         steps_per_epoch(train),
         FLAGS.epochs,
         callbacks=[
+            counting,
             checkpointing.StopAtNonFiniteLoss(checkpoints),
             *checking,
             *(watching if cluster.is_chief(strategy) else []),

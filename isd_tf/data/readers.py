@@ -97,13 +97,15 @@ def in_own_order(dataset, look, unreadable, batch_size):
 
     def look_at_group(numbers, group):  # [n], three of [n]
         candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
-        draws = look.draws(numbers)
-        seen, labels, readable = _look_at_group(look, draws, candidate, dataset, 1, unreadable)
+        return numbers, *_look_at_group(look, numbers, candidate, dataset, 1, unreadable)
+
+    def leave_out(numbers, seen, labels, readable):
         return tf.nest.map_structure(
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
 
-    return mapped(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
+    groups = mapped(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
+    return mapped(_ended_beyond_limit(groups, unreadable), leave_out)
 
 
 def _group_size(unreadable):
@@ -111,22 +113,47 @@ def _group_size(unreadable):
     return 1 if unreadable.in_service else GROUP
 
 
-def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
+def _ended_beyond_limit(groups, unreadable):
+    """Ends the reading at the first group up to which too many images could not be read.
+
+    In the order of the groups, whichever of them were read first. (Only where one could not be
+    read by the graph, as Python is slow, and waited for where an iterator is given up.)
+    """
+
+    def check(place):
+        unreadable.check(int(place))
+        return place
+
+    def in_order(places, seen, labels, readable, all_at_once):
+        last = places[-1] + 1
+        checked = tf.cond(
+            all_at_once, lambda: last, lambda: tf.numpy_function(check, [last], tf.int64)
+        )
+        with tf.control_dependencies([checked]):
+            return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
+
+    return groups.map(as_it_stands(in_order))
+
+
+def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
     """What is seen of a few images.
 
     Args:
-        look, draws: `look.draws` of n places.
+        look: what to see of an image.
+        places: int64 [n], of the images in the order of reading.
         candidate: which of the n, and the number of an attempt, to a source, a name and a label.
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
         attempts, unreadable: as in `open_first_readable`. A data service's workers have no Python:
             there every image must be readable.
 
     Returns:
-        For each view uint8 [n, S, S, 3], labels [n], and bool [n]: whether any could be read.
+        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
+        whether all were read at the first attempt by the graph.
     """
+    draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    count = tf.shape(draws, out_type=tf.int64)[0]
+    count = tf.size(places, tf.int64)
     empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
     first = tf.constant(0, tf.int64)
 
@@ -147,7 +174,7 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
     def look_at_first_readable(i):
         read = read_file if is_file else bytes
         of_image = functools.partial(candidate, i)
-        image, label = open_first_readable(of_image, read, attempts, unreadable)
+        image, label = open_first_readable(of_image, read, attempts, unreadable, places[i])
         readable = tf.size(image) > 0
         seen = tf.cond(
             readable,
@@ -164,11 +191,13 @@ def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
         types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
+    all_at_once = tf.size(labels) > 0
     seen, labels, readable = tf.cond(
-        tf.size(labels) > 0, lambda: (seen, labels, tf.fill([count], True)), each
+        all_at_once, lambda: (seen, labels, tf.fill([count], True)), each
     )
     seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
-    return seen, tf.ensure_shape(labels, [None]), tf.ensure_shape(readable, [None])
+    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
+    return seen, labels, readable, all_at_once
 
 
 # ---------------------------------------------------------------- images in the order of training
@@ -265,12 +294,12 @@ def _file_images(dataset, order, look, unreadable):
             row = order.images_at(places[i], attempt)
             return paths[row], paths[row], labels[row]
 
-        draws, count = look.draws(places), len(dataset)
-        # When none can be read, `unreadable` ends the run.
-        seen, chosen, _ = _look_at_group(look, draws, candidate, dataset, count, unreadable)
-        return places, seen, chosen
+        count = len(dataset)
+        return places, *_look_at_group(look, places, candidate, dataset, count, unreadable)
 
-    return mapped(order.steps.flat_map(places_of), look_at_group)
+    groups = mapped(order.steps.flat_map(places_of), look_at_group)
+    # Where none can be read, the limit ends the training.
+    return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
 
 
 def _record_images(dataset, order, look, unreadable):
@@ -307,16 +336,26 @@ def _record_images(dataset, order, look, unreadable):
         def candidate(i, attempt):
             return _source_of_record(dataset, *(part[i, attempt] for part in group))
 
-        seen, labels, readable = _look_at_group(
-            look, look.draws(places), candidate, dataset, STREAM_CANDIDATES, unreadable
+        return places, *_look_at_group(
+            look, places, candidate, dataset, STREAM_CANDIDATES, unreadable
         )
+
+    def require_readable(places, seen, labels, readable):
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
             return places, seen, tf.identity(labels)
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    return mapped(windows.batch(_group_size(unreadable)), look_at_group)
+    groups = mapped(windows.batch(_group_size(unreadable)), look_at_group)
+    return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
+
+
+def _in_training(groups, order, unreadable):
+    """Ends the training beyond the limit, unless others must count: several workers together."""
+    if unreadable.in_service or order.workers > 1:
+        return groups.map(as_it_stands(lambda *group: group[:4]))
+    return _ended_beyond_limit(groups, unreadable)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
