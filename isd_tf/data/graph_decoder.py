@@ -23,6 +23,8 @@ GRAPH_FORMATS = {
     "GIF": {".gif"},
     "BMP": {".bmp"},
 }
+# What has more pixels, Pillow turns and lays on white in less memory.
+LARGE_PIXELS = 2**26
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 
 
@@ -102,20 +104,21 @@ def _turned(image, orientation):
     def is_one_of(*orientations):
         return tf.reduce_any(orientation == orientations)
 
-    image = tf.cond(is_one_of(2, 3, 7, 8), lambda: image[:, ::-1], lambda: image)
+    with _require_small(image):
+        image = tf.cond(is_one_of(2, 3, 7, 8), lambda: image[:, ::-1], lambda: image)
     image = tf.cond(is_one_of(3, 4, 6, 7), lambda: image[::-1], lambda: image)
     return tf.cond(orientation >= 5, lambda: _transposed(image), lambda: image)
 
 
 def _transposed(image):
-    def transpose(columns):
+    def transpose(begin, end):
         # Of uint8, oneDNN complains that it cannot transpose it, in every run's output. Without
         # the factors TensorFlow would do it before the cast all the same.
-        halves = tf.transpose(tf.cast(columns, tf.float32) * 0.5, [1, 0, 2])
+        halves = tf.transpose(tf.cast(image[:, begin:end], tf.float32) * 0.5, [1, 0, 2])
         return tf.cast(halves * 2.0, tf.uint8)
 
-    nothing = tf.zeros([0, tf.shape(image)[0], 3], tf.uint8)
-    return in_parts(transpose, image, axis=1, result=nothing, joined=0)
+    height, width = tf.unstack(tf.shape(image)[:2])
+    return in_parts(transpose, width, height, tf.zeros([0, height, 3], tf.uint8), joined=0)
 
 
 def _choose(condition, branch, otherwise):
@@ -149,6 +152,11 @@ def _require_size(width, height, max_pixels):
         width,
         height,
     )
+
+
+def _require_small(image):
+    pixels = tf.reduce_prod(tf.shape(image)[:2])
+    return _require(pixels <= LARGE_PIXELS, "Too large for a graph. Pixels:", pixels)
 
 
 def _decode_jpeg(encoded, max_pixels):
@@ -367,19 +375,19 @@ def _number32(encoded, at):
 def _on_white(image):
     """Lays uint8 [H, W, 4] on white, rounded as Pillow does; returns uint8 [H, W, 3]."""
 
-    def lay(rows):
-        values = tf.cast(rows, tf.int32)
+    def lay(begin, end):
+        values = tf.cast(image[begin:end], tf.int32)
         alpha = values[..., 3:]
         # No 255 * 255 + 127 is half way between two levels: 255 is odd.
         return tf.cast((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
+    def lay_all():
+        with _require_small(image):
+            height, width = tf.unstack(tf.shape(image)[:2])
+        return in_parts(lay, height, width, tf.zeros([0, width, 3], tf.uint8), joined=0)
+
     opaque = tf.reduce_min(image[..., 3]) == 255
-    nothing = tf.zeros([0, tf.shape(image)[1], 3], tf.uint8)
-    return tf.cond(
-        opaque,
-        lambda: image[..., :3],
-        lambda: in_parts(lay, image, axis=0, result=nothing, joined=0),
-    )
+    return tf.cond(opaque, lambda: image[..., :3], lay_all)
 
 
 def _orientation_of(exif, xmp):

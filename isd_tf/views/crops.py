@@ -103,10 +103,6 @@ def resize_boxes(images: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
     Returns:
         uint8 [B, S, S, 3].
     """
-    if images.shape[0] == 1:  # Then no more than the box is worked on.
-        top, left, height, width = tf.unstack(boxes[0])
-        images = images[:, top : top + height, left : left + width]
-        boxes = tf.stack([[0, 0, height, width]])
     starts, lengths = boxes[:, :2], boxes[:, 2:]
     steps = tf.cast(lengths, tf.float32) / size
     return _resample(images, tf.cast(starts, tf.float32), steps, starts, starts + lengths, size)
@@ -155,17 +151,22 @@ def _resample(images, starts, steps, firsts, ends, size):
     Output i of an axis is centred at starts + (i + 1/2) * steps of the input, and made of its
     pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
     """
+    single = images.shape[0] == 1
+    if single:  # Then no more than the box is worked on, a part of its rows at a time.
+        (top, left), (bottom, right) = tf.unstack(firsts[0]), tf.unstack(ends[0])
+        starts -= tf.cast(firsts, tf.float32)
+        firsts, ends = tf.zeros_like(firsts), ends - firsts
 
     def resize(axis, images):
         of_axis = (values[:, axis] for values in (starts, steps, firsts, ends))
         return _resize_across(images, *_blocks(*of_axis, size), size)
 
     # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
-    if images.shape[0] == 1:
+    if single:
         across = in_parts(
-            lambda rows: resize(1, rows[tf.newaxis])[0],
-            images[0],
-            axis=0,
+            lambda begin, end: resize(1, images[:, top + begin : top + end, left:right])[0],
+            bottom - top,
+            right - left,
             result=tf.zeros([size, 0, 3], tf.uint8),
             joined=1,
         )[tf.newaxis]
@@ -191,33 +192,31 @@ def _resize_across(images, window, weights, size):
 
 
 def in_parts(
-    function: Callable[[tf.Tensor], tf.Tensor],
-    image: tf.Tensor,
-    axis: int,
+    function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    lines: tf.Tensor,
+    line_pixels: tf.Tensor,
     result: tf.Tensor,
     joined: int,
 ) -> tf.Tensor:
-    """Applies a function to parts of an image, one after the other, and joins what it returns.
+    """Makes an image of parts, one after the other, so that what each takes is soon free again.
 
     Args:
-        function: a part of the image to uint8 of rank 3.
-        image: uint8 [H, W, C].
-        axis: 0 or 1, which the image is cut along, into parts of about PART_PIXELS.
+        function: where a part begins and ends, in lines, to uint8 of rank 3.
+        lines: of the image, rows or columns.
+        line_pixels: of each line. A part has about PART_PIXELS.
         result: what no part at all would give, of length 0 along `joined`.
-        joined: axis along which the results are put together.
+        joined: axis along which the parts are put together.
     """
-    sides = tf.shape(image)
-    step = tf.maximum(PART_PIXELS // tf.maximum(sides[1 - axis], 1), 1)
+    step = tf.maximum(PART_PIXELS // tf.maximum(line_pixels, 1), 1)
 
     def join(begin, result):
-        end = begin + step
-        part = function(image[begin:end] if axis == 0 else image[:, begin:end])
-        return end, tf.concat([result, part], joined)
+        end = tf.minimum(begin + step, lines)
+        return end, tf.concat([result, function(begin, end)], joined)
 
     shape = result.shape.as_list()
     shape[joined] = None
     _, result = tf.while_loop(
-        lambda begin, result: begin < sides[axis],
+        lambda begin, result: begin < lines,
         join,
         (tf.constant(0), result),
         shape_invariants=(tf.TensorShape([]), tf.TensorShape(shape)),
