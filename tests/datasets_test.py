@@ -258,7 +258,9 @@ def test_content_decides_where_the_suffix_does_not(tmp_path, caplog):
     for path in found.paths:
         image = np.asarray(pixels.open_image(pixels.read_file(path)))
         assert image.shape == (20, 30, 3) and abs(image[10, 15].astype(int) - [255, 0, 0]).max() < 5
-    assert graph_decoder.graph_formats(found.paths) == ("JPEG", "PNG")
+    assert graph_decoder.graph_formats(found.paths) == ("JPEG", "PNG", "WebP", "GIF", "BMP")
+    (tmp_path / "named.jpg").write_bytes((tmp_path / "c.001").read_bytes())
+    assert graph_decoder.graph_formats([str(tmp_path / "named.jpg")] * 200) == ("JPEG", "WebP")
     assert graph_decoder.graph_formats(["a.gif", "b.JPG"]) == ("JPEG", "GIF")
 
 

@@ -62,7 +62,7 @@ def decode(candidates, unreadable=None, attempts=None):
             tf.constant(5, tf.int64),
         )
 
-    image, label = tf.data.Dataset.range(1).map(load).get_single_element()
+    image, label, _ = tf.data.Dataset.range(1).map(load).get_single_element()
     return image.numpy(), int(label)
 
 
@@ -118,7 +118,7 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
             tf.constant(0, tf.int64),
         )
 
-    image, _ = load()
+    image, _, _ = load()
     np.testing.assert_array_equal(image, SCENE)
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 

@@ -410,6 +410,13 @@ def test_heic_is_read_where_its_package_is_installed(monkeypatch):
             function.cache_clear()
 
 
+def test_a_large_image_is_handed_over_in_parts(monkeypatch):
+    image = pixels.open_image(save(RGBA, "PNG"))
+    for part in (1, image.width * 7, 10**6):
+        monkeypatch.setattr(pixels, "PART_PIXELS", part)
+        np.testing.assert_array_equal(pixels.as_array(image), np.asarray(image))
+
+
 def test_one_limit_of_pixels_holds_for_every_format_and_route():
     small = tf.function(
         lambda encoded: graph_decoder.decode(encoded, max_pixels=1199),

@@ -135,7 +135,7 @@ def _look(name, read, max_pixels):
             image = Image.fromarray(content)
             mode = image.mode
         else:
-            image = pixels.open_image(content, name, max_pixels)
+            image = pixels.open_image(content, shown(name), max_pixels)
             with Image.open(io.BytesIO(content)) as stored:
                 mode = stored.mode
     except pixels.UnreadableImage as error:

@@ -137,7 +137,7 @@ def open_first_readable(
     attempts: int,
     unreadable: Unreadable,
     place: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Opens the first candidate that can be read by Pillow, which reads more than a graph does.
 
     Args:
@@ -148,32 +148,45 @@ def open_first_readable(
         place: int64 scalar, where in the order of reading an image is wanted.
 
     Returns:
-        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
+        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed. And
+        whether `unreadable` is beyond its limit here, so that what is seen will not be used.
     """
 
     def open_or_report(source, name, place):
         name, beyond_limit = os.fsdecode(name), False
         try:
             encoded = read(source)
-            image = np.asarray(pixels.open_image(encoded, shown(name), unreadable.max_pixels))
+            image = pixels.open_image(encoded, shown(name), unreadable.max_pixels)
+            del encoded
+            image = pixels.as_array(image)
         except pixels.UnreadableImage as error:
             beyond_limit = unreadable.add(name, str(error), int(place))
             image = np.zeros([0, 0, 3], np.uint8)
-        return image, np.int64(beyond_limit)
+        return image, np.bool_(beyond_limit)
 
     def attempt(number):
         source, name, label = candidate(number)
         image, beyond_limit = tf.numpy_function(
-            open_or_report, [source, name, place], (tf.uint8, tf.int64), stateful=True
+            open_or_report, [source, name, place], (tf.uint8, tf.bool), stateful=True
         )
-        # Beyond the limit no other is tried: of a million broken ones all would be, at each place.
-        number += 1 + attempts * tf.ensure_shape(beyond_limit, [])
-        return number, tf.ensure_shape(image, [None, None, 3]), label
+        image, beyond_limit = tf.ensure_shape(image, [None, None, 3]), tf.reshape(beyond_limit, [])
+        return number + 1, image, label, beyond_limit
 
-    _, image, label = tf.while_loop(
-        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
-        lambda number, image, label: attempt(number),
-        (tf.constant(0, tf.int64), tf.zeros([0, 0, 3], tf.uint8), tf.constant(-1, tf.int64)),
-        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
+    # Beyond the limit no other is tried: of a million broken ones all would be, at each place.
+    _, image, label, beyond_limit = tf.while_loop(
+        lambda number, image, label, beyond_limit: (
+            (tf.size(image) == 0) & (number < attempts) & ~beyond_limit
+        ),
+        lambda number, *before: attempt(number),
+        (
+            tf.constant(0, tf.int64),
+            tf.zeros([0, 0, 3], tf.uint8),
+            tf.constant(-1, tf.int64),
+            tf.constant(False),
+        ),
+        shape_invariants=(
+            *(tf.TensorShape([]), tf.TensorShape([None, None, 3])),
+            *(tf.TensorShape([]), tf.TensorShape([])),
+        ),
     )
-    return image, label
+    return image, label, beyond_limit

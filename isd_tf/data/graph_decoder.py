@@ -6,23 +6,26 @@ For a tf.data service's workers, for serving, and for speed. What every format m
 
 import functools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 from PIL import ExifTags
 
-from isd_tf.data.pixels import JPEG_BEGIN, MAX_PIXELS, PNG_BEGIN, WHITE, image_suffixes
+from isd_tf.data.pixels import BEGINNING, JPEG_BEGIN, MAX_PIXELS, PNG_BEGIN, WHITE
 from isd_tf.views.crops import in_parts
 
-# What `decode` reads, and how names of such files end.
+# What `decode` reads: how the names of such files end, and how they begin.
 GRAPH_FORMATS = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
-    "PNG": {".png"},
-    "WebP": {".webp"},
-    "GIF": {".gif"},
-    "BMP": {".bmp"},
+    "JPEG": ({".jpg", ".jpeg", ".jpe", ".jfif"}, JPEG_BEGIN),
+    "PNG": ({".png"}, PNG_BEGIN),
+    "WebP": ({".webp"}, b"RIFF....WEBP"),
+    "GIF": ({".gif"}, b"GIF8"),
+    "BMP": ({".bmp"}, b"BM"),
 }
+# Of so many files a dataset's formats are seen as well, as names may not tell.
+LOOKED_INTO = 64
 # What has more pixels, Pillow turns and lays on white in less memory.
 LARGE_PIXELS = 2**26
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
@@ -52,12 +55,23 @@ def decode(
     return _decoder(max_pixels, formats)(encoded)
 
 
-def graph_formats(paths: Iterable[str]) -> tuple[str, ...]:
-    """Which of `decode`'s formats files should have by their names, or by none."""
+def graph_formats(paths: Sequence[str]) -> tuple[str, ...]:
+    """Which of `decode`'s formats files have by their names, or by the beginnings of some."""
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}
-    if suffixes - image_suffixes():  # Found to be images by what is in them.
-        suffixes |= {".jpg", ".png"}
-    return tuple(name for name, own in GRAPH_FORMATS.items() if suffixes & own)
+    beginnings = list(map(_beginning, paths[:: len(paths) // LOOKED_INTO + 1]))
+    return tuple(
+        name
+        for name, (own, begin) in GRAPH_FORMATS.items()
+        if suffixes & own or any(re.match(begin, found, re.DOTALL) for found in beginnings)
+    )
+
+
+def _beginning(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(BEGINNING)
+    except OSError:
+        return b""
 
 
 @functools.cache

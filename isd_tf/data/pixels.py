@@ -22,6 +22,8 @@ WHITE = (255, 255, 255)
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # A 16-bit file whose values all stay below 2**12 holds 12 bits, as many cameras give.
 TWELVE_BITS = 4096
+# That are handed over at a time.
+PART_PIXELS = 2**22
 
 # `open_image` has a limit of its own, which a run can set; Pillow's would warn at half of it.
 Image.MAX_IMAGE_PIXELS = None
@@ -103,11 +105,27 @@ def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> 
         if image.mode != "RGB" or raw_mode or "transparency" in image.info:
             rgb = _to_rgb(image, raw_mode, encoded, name)
         transposition = TRANSPOSITIONS.get(_orientation(image))
+        del image  # What is large should not be there three times.
         return rgb if transposition is None else rgb.transpose(transposition)
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever they meet in broken files.
         raise UnreadableImage(_reason(encoded, error)) from None
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """The pixels of `open_image`'s result, uint8 [H, W, 3].
+
+    In parts, of which Pillow holds each twice meanwhile, and would so hold a large image.
+    """
+    rows = max(1, PART_PIXELS // image.width)
+    if rows >= image.height:
+        return np.asarray(image)
+    pixels = np.empty([image.height, image.width, 3], np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = image.crop((0, top, image.width, bottom))
+    return pixels
 
 
 # The values of EXIF's tag, and what turns the stored picture upright.

@@ -185,7 +185,8 @@ def noticing_lost_peers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Turns what TensorFlow raises when another worker is gone into PeersError.
 
     TensorFlow notices after about 10 seconds that a worker's process has ended or is stopped, or
-    that its machine is gone; not that its Python hangs.
+    that its machine is gone; not that its Python hangs. A worker hears of it where it speaks with
+    the others next: the chief, which evaluates alone, when it is done.
     """
     try:
         yield
