@@ -292,9 +292,10 @@ def test_a_large_photograph_takes_no_more_memory_than_is_promised(kind, tmp_path
     Image.fromarray(IMAGES[0]).save(small)
 
     def read(path):
-        few = datasets.FileDataset("photo", (str(path),) * 2)
-        take(few, 1, views=("weak", "weak"), batch=1)
-        list(batching.evaluation_batches(few, SIZE, 1))
+        # Among others, so that one such photograph is read at a time.
+        files = datasets.FileDataset("photo", (str(path), *(str(small),) * 20))
+        take(files, 20, views=("weak", "weak"), batch=1)
+        list(batching.evaluation_batches(files, SIZE, 7))
 
     read(small)  # What TensorFlow takes once and for all.
     assert peak_of(lambda: read(path)) < 2e9 / 10
