@@ -204,6 +204,8 @@ FORMS = {
     "tiff, lab": (save(convert("LAB"), "TIFF"), ELSEWHERE),
     "tiff, YCbCr": (save(convert("YCbCr"), "TIFF"), ELSEWHERE),
     "tiff, 1 bit": (save(convert("1"), "TIFF"), ELSEWHERE),
+    "tiff, tiled": (save(SCENE, "TIFF", tiled=True, tile=(16, 16)), ELSEWHERE),
+    "tiff, fax": (save(convert("1"), "TIFF", compression="group4"), ELSEWHERE),
     "tiff, two pages": (save(SCENE, "TIFF", **MOVING), ELSEWHERE),
     "avif": (save(SCENE, "AVIF", quality=95), ELSEWHERE),
     "avif, alpha": (save(RGBA, "AVIF", quality=95), ELSEWHERE),
@@ -212,6 +214,10 @@ FORMS = {
     "ico": (save(RGBA, "ICO", sizes=[(40, 30)]), ELSEWHERE),
     "tga": (save(RGBA, "TGA"), ELSEWHERE),
     "qoi": (save(SCENE, "QOI"), ELSEWHERE),
+    "pgm, text": (b"P2 # by hand\n3 2\n15\n0 7 15\n1 2 3\n", ELSEWHERE),
+    "sgi": (save(SCENE, "SGI"), ELSEWHERE),
+    "pcx": (save(SCENE, "PCX"), ELSEWHERE),
+    "dds, alpha": (save(RGBA, "DDS"), ELSEWHERE),
 }  # fmt: skip
 for tag in range(1, 9):
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
@@ -257,6 +263,7 @@ SIXTEEN_BITS = {
     ),
     "tiff, 32 bits": (save(SIXTEEN[..., 0].astype(np.int32), "TIFF"), SIXTEEN / 257, ELSEWHERE),
     "pgm": (save(SIXTEEN[..., 0], "PPM"), SIXTEEN / 257, ELSEWHERE),
+    "ppm": (b"P6 40 30 65535 " + SIXTEEN_RGB.astype(">u2").tobytes(), SIXTEEN_RGB / 257, ELSEWHERE),
     "jpeg 2000": (save(SIXTEEN[..., 0], "JPEG2000"), SIXTEEN / 257, ELSEWHERE),
     # Few bits, of which Pillow leaves the transparent level at the file's depth.
     "png, 2 bits": (

@@ -48,8 +48,8 @@ class CountUnreadable(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         names = self.met_before(int(self.model.step.numpy()) * self.global_batch_size)
-        digests = {cluster.digest(os.fsencode(name)) for name in names}
-        new, self._mine = sorted(digests - self._mine), digests
+        new = [cluster.digest(os.fsencode(name)) for name in set(names) - self._mine]
+        self._mine |= set(names)
         most = int(cluster.gather_from_workers(self.strategy, len(new)).max())
         if not most:
             return
