@@ -62,7 +62,7 @@ def decode(candidates, unreadable=None, attempts=None):
             tf.constant(5, tf.int64),
         )
 
-    image, label, _ = tf.data.Dataset.range(1).map(load).get_single_element()
+    image, label = tf.data.Dataset.range(1).map(load).get_single_element()
     return image.numpy(), int(label)
 
 
@@ -118,7 +118,7 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
             tf.constant(0, tf.int64),
         )
 
-    image, _, _ = load()
+    image, _ = load()
     np.testing.assert_array_equal(image, SCENE)
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 
@@ -133,18 +133,23 @@ def test_an_image_of_too_many_pixels_is_unreadable_in_a_graph_and_by_pillow(form
     assert expected in caplog.text
 
 
-def test_beyond_the_limit_no_other_image_is_tried():
-    opened = decoding.Unreadable(8, 0.25)
-    image, _ = decode([b"", b"x", b"y", b"z", b"q", FORMS["png"]], opened)
-    assert image.size == 0 and opened.names == {"image 0", "image 1", "image 2"}
+def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one():
+    """Whatever else was read before: the same are counted, and named, by any number of readers."""
+    for before in (0, 9):
+        opened = decoding.Unreadable(8, 0.25)
+        for number in range(before):
+            opened.add(f"before {number}", "broken", 0)
+        image, _ = decode([b"", b"x", b"y", b"z", b"q", FORMS["png"]], opened)
+        assert image.size == 0
+        assert {name for name in opened.names if "image" in name} == {
+            *("image 0", "image 1", "image 2"),
+        }
 
 
 def test_an_image_counts_from_its_first_place_on_whatever_was_read_ahead():
     unreadable = decoding.Unreadable(100, 0.02)
     for name, place in (("far.jpg", 90), ("b.jpg", 20), ("a\n.jpg", 7), ("b.jpg", 60)):
-        # Of those up to each place there are two at most.
-        assert not unreadable.add(name, "broken", place)
-    assert unreadable.add("a\n.jpg", "broken", 95)  # Already the third up to there.
+        unreadable.add(name, "broken", place)
     for place, count in ((7, 0), (8, 1), (20, 1), (21, 2), (90, 2)):
         assert len(unreadable.met_before(place)) == count
         unreadable.check(place)
@@ -157,7 +162,9 @@ def test_an_image_counts_from_its_first_place_on_whatever_was_read_ahead():
 
 def test_that_all_are_unreadable_is_beyond_any_limit():
     unreadable = decoding.Unreadable(2, 1.0)
-    assert not unreadable.add("a", "", 0) and unreadable.add("b", "", 1)
+    unreadable.add("a", "", 0)
+    unreadable.check(2)
+    unreadable.add("b", "", 1)
     with pytest.raises(ValueError, match="2 of 2"):
         unreadable.check(2)
 

@@ -70,16 +70,13 @@ class Unreadable:
         with self._lock:
             return [name for name, first in self._first_places.items() if first < place]
 
-    def add(self, name: str, reason: str, place: int) -> bool:
+    def add(self, name: str, reason: str, place: int) -> None:
         """Counts and logs an image that cannot be read where the order has it.
 
         Args:
             name: path, or place in the files of the dataset.
             reason: for the log.
             place: in the order of reading.
-
-        Returns:
-            Whether `check` will raise at this place, so that it need not be filled.
         """
         with self._lock:
             is_new = name not in self._first_places
@@ -88,8 +85,6 @@ class Unreadable:
                 logging.warning(
                     "Unreadable image, %s: %s (%s)", self.fate, shown(name), shown(reason)
                 )
-        names = self.met_before(place + 1)
-        return bool(self.refusal(len(names), names))
 
     def refusal(self, count: int, names: Iterable[str]) -> str:
         """Says, with some of their names, that so many are too many; empty where they are not."""
@@ -137,7 +132,7 @@ def open_first_readable(
     attempts: int,
     unreadable: Unreadable,
     place: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Opens the first candidate that can be read by Pillow, which reads more than a graph does.
 
     Args:
@@ -148,45 +143,32 @@ def open_first_readable(
         place: int64 scalar, where in the order of reading an image is wanted.
 
     Returns:
-        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed. And
-        whether `unreadable` is beyond its limit here, so that what is seen will not be used.
+        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
 
     def open_or_report(source, name, place):
-        name, beyond_limit = os.fsdecode(name), False
+        name = os.fsdecode(name)
         try:
             encoded = read(source)
             image = pixels.open_image(encoded, shown(name), unreadable.max_pixels)
             del encoded
-            image = pixels.as_array(image)
+            return pixels.as_array(image)
         except pixels.UnreadableImage as error:
-            beyond_limit = unreadable.add(name, str(error), int(place))
-            image = np.zeros([0, 0, 3], np.uint8)
-        return image, np.bool_(beyond_limit)
+            unreadable.add(name, str(error), int(place))
+            return np.zeros([0, 0, 3], np.uint8)
 
     def attempt(number):
         source, name, label = candidate(number)
-        image, beyond_limit = tf.numpy_function(
-            open_or_report, [source, name, place], (tf.uint8, tf.bool), stateful=True
-        )
-        image, beyond_limit = tf.ensure_shape(image, [None, None, 3]), tf.reshape(beyond_limit, [])
-        return number + 1, image, label, beyond_limit
+        image = tf.numpy_function(open_or_report, [source, name, place], tf.uint8, stateful=True)
+        return number + 1, tf.ensure_shape(image, [None, None, 3]), label
 
-    # Beyond the limit no other is tried: of a million broken ones all would be, at each place.
-    _, image, label, beyond_limit = tf.while_loop(
-        lambda number, image, label, beyond_limit: (
-            (tf.size(image) == 0) & (number < attempts) & ~beyond_limit
-        ),
-        lambda number, *before: attempt(number),
-        (
-            tf.constant(0, tf.int64),
-            tf.zeros([0, 0, 3], tf.uint8),
-            tf.constant(-1, tf.int64),
-            tf.constant(False),
-        ),
-        shape_invariants=(
-            *(tf.TensorShape([]), tf.TensorShape([None, None, 3])),
-            *(tf.TensorShape([]), tf.TensorShape([])),
-        ),
+    # With one more than may be unreadable the limit ends the reading here. Of a million broken ones
+    # all would be tried, at each place.
+    attempts = min(attempts, int(unreadable.limit * unreadable.total) + 1)
+    _, image, label = tf.while_loop(
+        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
+        lambda number, image, label: attempt(number),
+        (tf.constant(0, tf.int64), tf.zeros([0, 0, 3], tf.uint8), tf.constant(-1, tf.int64)),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
     )
-    return image, label, beyond_limit
+    return image, label

@@ -147,8 +147,8 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
             there every image must be readable.
 
     Returns:
-        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read (or
-        the limit ends the reading here), and whether all were read at once by the graph.
+        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
+        whether all were read at once by the graph.
     """
     draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
@@ -174,14 +174,14 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
     def look_at_first_readable(i):
         read = read_file if is_file else bytes
         of_image = functools.partial(candidate, i)
-        image, label, unused = open_first_readable(of_image, read, attempts, unreadable, places[i])
-        opened = tf.size(image) > 0
+        image, label = open_first_readable(of_image, read, attempts, unreadable, places[i])
+        readable = tf.size(image) > 0
         seen = tf.cond(
-            opened,
+            readable,
             lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
             lambda: tuple(tf.zeros([1, look.size, look.size, 3], tf.uint8) for _ in empty),
         )
-        return tuple(x[0] for x in seen), label, opened | unused
+        return tuple(x[0] for x in seen), label, readable
 
     def each():
         if unreadable.in_service:
