@@ -132,8 +132,7 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             if name in SCORED_ON_TEST and not compared:
                 compared = True
-                shared = _say_shared_images(run.data.bank, run.data.test)
-                run.record({"test_images_in_train": shared})
+                run.record(_shared_images("", [run.data.bank], run.data.test))
             with run.explaining():
                 EVALUATIONS[name](run)
         except Exception as error:  # Whatever it is, hours of training are worth more.
@@ -141,9 +140,20 @@ def evaluate(run: Run) -> list[str]:
     return failures
 
 
+def _shared_images(prefix, parts_of_train, test):
+    """Tells which test images are training images too; returns how many, if that is known."""
+    found = [_say_shared_images(train, test) for train in parts_of_train]
+    return {} if None in found else {f"{prefix}test_images_in_train": sum(found)}
+
+
 def _say_shared_images(train, test):
-    """Tells which test images are training images too; returns how many there are."""
     pairs = check.shared_images(train, test)
+    if pairs is None:
+        say(
+            f"Not compared: whether images of {test.name} are also in {train.name}, which takes "
+            "reading all of both. --stages=check does."
+        )
+        return None
     if pairs:
         is_files = isinstance(test, FileDataset)
         names = [test.paths[row] if is_files else f"image {row}" for _, row in pairs[:3]]
@@ -363,8 +373,9 @@ def evaluate_transfer(run: Run) -> None:
         try:
             with run.explaining():
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
-                known = splits.training, splits.validation
-                shared = sum(_say_shared_images(part, splits.test) for part in known)
+                prefix = f"transfer_{transfer.score_name(name)}_"
+                known = [splits.training, splits.validation]
+                shared = _shared_images(prefix, known, splits.test)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies
@@ -380,7 +391,7 @@ def evaluate_transfer(run: Run) -> None:
         for of_one, (accuracy, figures) in zip(accuracies.values(), of_encoders, strict=True):
             of_one.append(accuracy)
             run.record(figures)
-        run.record({f"transfer_{transfer.score_name(name)}_test_images_in_train": shared})
+        run.record(shared)
     if len(left_out) == len(FLAGS.transfer):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"None of the datasets could be had and scored. {reasons}")

@@ -84,7 +84,7 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
     for reader in readers:
         reader.start()
     running = dict(enumerate(processes))
-    codes, deadline, forwarded = [], None, False
+    codes, deadline, forwarded, killed = [], None, False, set()
     while running:
         time.sleep(POLL_SECONDS)
         for index, process in list(running.items()):
@@ -108,8 +108,10 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
         impatient = signal.SIGINT in received[1:]
         if impatient or (deadline is not None and time.monotonic() > deadline):
             # One whose peer is gone cannot save any more.
-            for process in running.values():
-                process.kill()
+            for index in set(running) - killed:
+                say(f"Worker {index} has not ended by itself: the launcher ends it.")
+                running[index].kill()
+                killed.add(index)
     for reader in readers:
         reader.join(timeout=5)  # A grandchild might hold the pipe open.
     return codes

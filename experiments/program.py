@@ -64,7 +64,7 @@ def _errors_in_a_sentence() -> Iterator[None]:
         more = "--help explains all flags" if isinstance(error, flags.Error) else ""
         more = more or "--verbosity=1 shows where this was found"
         name = pathlib.Path(sys.argv[0]).name
-        print(f"{name}: {sentence(error)}\n({more}.)", file=sys.stderr, flush=True)
+        print(f"{name}: {printable(sentence(error))}\n({more}.)", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", 1))
 
 
@@ -87,7 +87,17 @@ def failure(what: str, error: Exception) -> str:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    """Escapes what moves a terminal's cursor, turns its letters around or is no UTF-8.
+
+    Ends of lines stay: those in a name are the place's to escape where it is said.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def import_tensorflow() -> None:

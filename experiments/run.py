@@ -34,6 +34,7 @@ program.import_tensorflow()
 import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
+import memory  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
@@ -47,6 +48,7 @@ from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, initial_weights, monitoring  # noqa: E402
+from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 
 # What a check says of its progress; what lies beside the images.
 SECONDS_BETWEEN_REPORTS = 10
@@ -271,6 +273,7 @@ def steps_per_epoch(train):
 
 def build_encoder(strategy):
     """Builds the encoder, and loads a new run's initial weights before there is a teacher."""
+    memory.require_for_networks(FLAGS.batch_size // cluster.number_of_workers(strategy))
     keras.utils.set_random_seed(FLAGS.seed)
     source = None if settings.is_begun() else FLAGS.initial_weights
     published = source == settings.PUBLISHED
@@ -296,9 +299,12 @@ def build_encoder(strategy):
 def build_model(strategy, encoder, steps_per_epoch):
     synchronized, groups = settings.batch_norm()
     with strategy.scope():
+        projector, predictor = HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups)
+        memory.require_for_queue((projector or encoder).output_shape[-1])
         model = METHODS[FLAGS.method](
             encoder,
-            *HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups),
+            projector,
+            predictor,
             shuffle_batch_norm=not synchronized,
             seed=FLAGS.seed,
             **{name: FLAGS[name].value for name in settings.METHODS[FLAGS.method]},
@@ -427,7 +433,7 @@ def pretrain(run, first_step):
         means = {name: float(value) for name, value in logs.items() if not name.endswith(scored)}
         means["pretrain_seconds_since_start"] = time.monotonic() - start
         last_means.update(means)
-        means["unreadable_images"] = len(unreadable.names)  # That the chief has met.
+        means["unreadable_images"] = counting.count
         try:
             workdirs.record(workdir, means, checkpoints.step)
         except OSError as error:
@@ -435,6 +441,9 @@ def pretrain(run, first_step):
                 raise
             logging.error("The epoch's results cannot be written (%s).", error)
 
+    counting = CountUnreadable(
+        strategy, unreadable.met_before, unreadable.refusal, FLAGS.batch_size
+    )
     stop = checkpointing.StopWhenTold(checkpoints)
     watching = [
         monitoring.EpochMeans(),
@@ -452,6 +461,7 @@ def pretrain(run, first_step):
         steps_per_epoch(train),
         FLAGS.epochs,
         callbacks=[
+            counting,
             checkpointing.StopAtNonFiniteLoss(checkpoints),
             *checking,
             *(watching if cluster.is_chief(strategy) else []),

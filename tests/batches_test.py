@@ -1,17 +1,19 @@
 import collections
 import itertools
 import os
+import pathlib
 import re
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image
 
 from isd_tf.data import batches as batching
-from isd_tf.data import datasets
-from isd_tf.data.decoding import Unreadable
+from isd_tf.data import datasets, graph_decoder
+from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.views import augment, crops, photometric
 
 N, SIZE = 23, 12
@@ -194,6 +196,31 @@ def test_unreadable_files_are_not_tolerated_unless_allowed(files):
         take(files, 12)
 
 
+@pytest.mark.parametrize("ahead", [1, 40])
+def test_the_limit_ends_the_training_at_the_same_batch_however_far_is_read_ahead(
+    files, ahead, monkeypatch
+):
+    """Three broken of 23: two are allowed. Batches of one, in an order that is known."""
+    order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([1, 0]), N - 1).numpy()
+    broken = [files.paths[order[place]] for place in (2, 9, 16)]
+    for path in broken:
+        with open(path, "wb") as file:
+            file.write(b"broken")
+    monkeypatch.setattr(batching, "PREFETCHED_BATCHES", ahead)
+    unreadable, taken = Unreadable(N, 0.1), 0
+    batches = batching.pretraining_batches(files, ("weak", "weak"), SIZE, 1, 1, 0, unreadable)
+    examples = ", ".join(sorted(broken))
+    with pytest.raises(ValueError, match=f"10.0%.*: 3 of 23, for example {re.escape(examples)}. "):
+        with explaining([unreadable]):
+            for _ in batches:
+                taken += 1
+                if taken == 5:
+                    time.sleep(0.5)  # Long enough to read all ahead.
+                    assert ahead == 1 or len(unreadable.names) > 1
+                assert len(unreadable.met_before(taken)) == int(taken > 2) + int(taken > 9)
+    assert taken == 16
+
+
 def test_an_unreadable_record_is_replaced_by_the_next(records, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"broken")
     broken = prepare_records(tmp_path / "tfds", str(tmp_path / "broken.png"))
@@ -234,6 +261,53 @@ def test_views_and_batches_that_cannot_be_are_refused():
         take(ARRAYS, 1, views=("weak",))
     with pytest.raises(ValueError, match="at most the dataset's 23.*=24"):
         take(ARRAYS, 1, batch=24)
+
+
+def peak_of(what):
+    """Bytes by which the process grows at most while something is done."""
+
+    def status(key):
+        text = pathlib.Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1])
+
+    before = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak is counted anew.
+    what()
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
+@pytest.mark.parametrize(
+    ("kind", "largest"),
+    [
+        *(("plain.jpg", 1e8), ("cmyk.jpg", 1e8), ("turned and alpha.tif", 1e8)),
+        # Beyond so many Pillow does it, as it does the TIFF.
+        *(("turned.jpg", graph_decoder.LARGE_PIXELS), ("alpha.png", graph_decoder.LARGE_PIXELS)),
+    ],
+)
+def test_a_large_photograph_takes_no_more_memory_than_is_promised(
+    kind, largest, tmp_path, monkeypatch
+):
+    """2 GB for the largest; here 10 megapixels, with as much smaller parts."""
+    monkeypatch.setattr(crops, "PART_PIXELS", crops.PART_PIXELS // 10)
+    image = Image.fromarray(np.repeat(np.repeat(IMAGES[0], 165, 0), 189, 1))  # 2640 x 3780
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6 if "turned" in kind else 1
+    if "alpha" in kind:
+        image.putalpha(100)
+    path = tmp_path / kind
+    image.convert("CMYK" if kind == "cmyk.jpg" else image.mode).save(path, exif=exif)
+    small = tmp_path / "small.png"
+    Image.fromarray(IMAGES[0]).save(small)
+
+    def read(path):
+        # Among others, so that one such photograph is read at a time.
+        files = datasets.FileDataset("photo", (str(path), *(str(small),) * 20))
+        take(files, 20, views=("weak", "weak"), batch=1)
+        list(batching.evaluation_batches(files, SIZE, 7))
+
+    read(small)  # What TensorFlow takes once and for all.
+    assert peak_of(lambda: read(path)) < 2e9 * 1e7 / largest
 
 
 # -------------------------------------------------------------------------------- evaluation

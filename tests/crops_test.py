@@ -68,6 +68,20 @@ def test_where_no_box_fits_the_largest_centred_one_is_taken(height, width, expec
     assert (np.all(boxes == expected, axis=1)).mean() > 0.9
 
 
+def test_a_large_image_is_resized_in_parts_to_the_same_bits(monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (1, 211, 157, 3), np.uint8)
+    boxes = tf.constant([[3, 5, 200, 149]])
+
+    def both():
+        return crops.resize_boxes(image, boxes, 24), crops.centre_crops(tf.constant(image), 24)
+
+    whole = both()
+    for part in (1, 1000, 157 * 50):
+        monkeypatch.setattr(crops, "PART_PIXELS", part)
+        for ours, theirs in zip(both(), whole, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_crop_has_the_same_bits_alone_and_among_others():
     images = tf.constant(np.random.default_rng(0).integers(0, 256, (60, 23, 29, 3), np.uint8))
     cut = tf.function(crops.random_resized_crop, reduce_retracing=True)

@@ -2,13 +2,15 @@ import ast
 import dataclasses
 import os
 import pathlib
+import re
+import socket
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf.data import datasets, photo_patches, pixels
+from isd_tf.data import datasets, folders, graph_decoder, photo_patches, pixels
 
 
 def write_image(path, value=0):
@@ -224,6 +226,118 @@ def test_names_that_are_no_utf8_pass_unharmed(tmp_path):
 def test_a_link_to_nothing_is_an_image_until_it_is_read(folder):
     (folder / "train" / "cat" / "x.jpg").symlink_to("/nowhere")
     assert len(datasets.load("folder", data_dir=str(folder))[0]) == 5
+
+
+CONTENTS = {
+    "photo": "JPEG", "a.dat": "PNG", "b.bin": "GIF", "c.001": "WEBP", "d.": "BMP", "e.x": "TIFF",
+    "f.y": "PPM", "g.z": "JPEG2000", "h": "AVIF", "IMG.JPG~": "JPEG",
+}  # fmt: skip
+
+
+def test_content_decides_where_the_suffix_does_not(tmp_path, caplog):
+    for name, form in CONTENTS.items():
+        with open(tmp_path / name, "wb") as file:
+            Image.new("RGB", (30, 20), "red").save(file, form)
+    others = {
+        "notes": b"BMW, P3 and II* are no images",
+        "readme.txt": (tmp_path / "photo").read_bytes(),
+        "raw.nef": (tmp_path / "e.x").read_bytes(),
+        "empty": b"",
+        "sound": b"RIFF\x24\0\0\0WAVEfmt ",
+        "film": b"\0\0\0\x18ftypmp42\0\0\0\0",
+        "phone": b"\0\0\0\x18ftypheic\0\0\0\0",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    found = folders.scan(str(tmp_path), labelled=False)
+    assert [os.path.basename(path) for path in found.paths] == sorted(CONTENTS)
+    assert [os.path.basename(path) for path in found.left_out] == sorted(others)
+    assert re.findall("Not read: .*", caplog.text) == [
+        f"Not read: {tmp_path}/phone, a HEIC file. pip install pillow-heif lets it be read."
+    ]
+    for path in found.paths:
+        image = np.asarray(pixels.open_image(pixels.read_file(path)))
+        assert image.shape == (20, 30, 3) and abs(image[10, 15].astype(int) - [255, 0, 0]).max() < 5
+    assert graph_decoder.graph_formats(found.paths) == ("JPEG", "PNG", "WebP", "GIF", "BMP")
+    (tmp_path / "named.jpg").write_bytes((tmp_path / "c.001").read_bytes())
+    assert graph_decoder.graph_formats([str(tmp_path / "named.jpg")] * 200) == ("JPEG", "WebP")
+    assert graph_decoder.graph_formats(["a.gif", "b.JPG"]) == ("JPEG", "GIF")
+
+
+def test_only_files_of_unknown_suffix_are_looked_into_and_of_one_suffix_not_all(
+    tmp_path, monkeypatch
+):
+    looked = []
+    monkeypatch.setattr(folders, "kind_of_beginning", lambda begin: looked.append(begin) or "")
+    monkeypatch.setattr(folders, "LOOKED_INTO", 3)
+    for name in ("a.jpg", "b.txt", "c.TIFF", "d.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    folders.scan(str(tmp_path), labelled=False)
+    assert not looked
+    for i in range(6):
+        (tmp_path / f"{i}.cls").write_text("7")
+    assert len(folders.scan(str(tmp_path), labelled=False).left_out) == 8
+    assert looked == [b"7"] * 3
+
+
+def test_pipes_sockets_and_devices_are_named_and_never_opened(tmp_path, caplog):
+    write_image(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.png").symlink_to("pipe.jpg")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    (tmp_path / "self.png").symlink_to("self.png")  # A link to nothing, to be named when read.
+    (tmp_path / "self").symlink_to("self")
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.getcwd()
+        os.chdir(tmp_path)  # A socket's path may have 107 bytes.
+        listener.bind("socket.jpg")
+        os.chdir(before)
+        found = folders.scan(str(tmp_path), labelled=True)
+    assert [os.path.basename(path) for path in found.paths] == ["a.jpg", "self.png"]
+    assert [os.path.basename(path) for path in found.left_out] == ["self"]
+    for name in ("pipe.jpg", "link.png", "null.png", "socket.jpg"):
+        assert f"Not read: {tmp_path}/{name}, a pipe, socket or device." in caplog.text
+    with pytest.raises(pixels.UnreadableImage, match="symbolic links"):
+        pixels.read_file(found.paths[1])
+
+
+ODD_NAMES = (
+    "new\nline", "\x1b[31mred", "\u202eevil", "caf\udce9", "tab\tx", "🐈 猫 Kätzchen", "$x$<b>",
+    "\r" + "x" * 254, " blank ", "a\u2028b", "%s{0}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_whatever_a_folder_is_called_what_is_said_of_it_is_a_line_of_text(tmp_path, name, caplog):
+    root = tmp_path / name
+    for part in ("train", "val"):
+        write_image(root / part / name / f"{name[:250]}.jpg")
+        write_image(root / part / "b" / "2.jpg")
+        (root / part / "b" / name).write_bytes(b"x")
+    write_image(root / "train" / name / "3.jpg")
+    said = [datasets.describe(dataset) for dataset in datasets.load("folder", data_dir=str(root))]
+    (root / "empty" / name).mkdir(parents=True)
+    (root / "empty" / name / name).write_bytes(b"x")
+    (root / name).mkdir()
+    write_image(root / "val" / f"{name[:-1]}y" / "1.jpg")
+    (root / "list").write_bytes(os.fsencode(f"{name[1:]}x.jpg".replace("\n", "").replace("\r", "")))
+    for arguments in (
+        dict(name="folder", data_dir=str(root)),
+        dict(name="folder", data_dir=str(root / "empty")),
+        dict(name="folder", data_dir=str(root / "gone")),
+        dict(name="folder", data_dir=str(root), train_split=name[1:]),
+        dict(name="folder", data_dir=str(root), test_split=name[1:]),
+        dict(name="list", image_list=str(root / "list")),
+        dict(name="list", image_list=str(root / "gone")),
+    ):
+        with pytest.raises((ValueError, OSError)) as error:
+            datasets.load(**arguments)
+        said.append(str(error.value))
+    said += [record.getMessage() for record in caplog.records]
+    for text in said:
+        assert text.isprintable(), text
+        text.encode()
+    assert len(said) >= 9
 
 
 def load_list(folder, text, **arguments):

@@ -59,6 +59,7 @@ def decode(candidates, unreadable=None, attempts=None):
             bytes,
             attempts or len(candidates),
             unreadable,
+            tf.constant(5, tf.int64),
         )
 
     image, label = tf.data.Dataset.range(1).map(load).get_single_element()
@@ -101,12 +102,6 @@ def test_when_none_can_be_read_the_image_is_empty():
     assert image.size == 0
 
 
-def test_a_dataset_without_a_readable_image_ends_the_pipeline():
-    unreadable = decoding.Unreadable(2, 1.0)
-    with pytest.raises(ValueError, match="2 of 2"), decoding.explaining([unreadable]):
-        decode([b"", b"x"], unreadable)
-
-
 def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     unreadable = decoding.Unreadable(2, 0.5)
     present = tmp_path / "here.png"
@@ -120,6 +115,7 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
             pixels.read_file,
             2,
             unreadable,
+            tf.constant(0, tf.int64),
         )
 
     image, _ = load()
@@ -137,16 +133,44 @@ def test_an_image_of_too_many_pixels_is_unreadable_in_a_graph_and_by_pillow(form
     assert expected in caplog.text
 
 
-def test_too_many_unreadable_images_end_the_pipeline():
-    unreadable = decoding.Unreadable(4, 0.25)
-    with pytest.raises(tf.errors.OpError):
-        decode([b"", b"x", FORMS["png"], FORMS["png"]], unreadable)
-    with pytest.raises(ValueError, match="At most 25.0%.*2 of 4.*image 0, image 1.*max_unreadable"):
-        unreadable.check()
+def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one():
+    """Whatever else was read before: the same are counted, and named, by any number of readers."""
+    for before in (0, 9):
+        opened = decoding.Unreadable(8, 0.25)
+        for number in range(before):
+            opened.add(f"before {number}", "broken", 0)
+        image, _ = decode([b"", b"x", b"y", b"z", b"q", FORMS["png"]], opened)
+        assert image.size == 0
+        assert {name for name in opened.names if "image" in name} == {
+            *("image 0", "image 1", "image 2"),
+        }
+
+
+def test_an_image_counts_from_its_first_place_on_whatever_was_read_ahead():
+    unreadable = decoding.Unreadable(100, 0.02)
+    for name, place in (("far.jpg", 90), ("b.jpg", 20), ("a\n.jpg", 7), ("b.jpg", 60)):
+        unreadable.add(name, "broken", place)
+    for place, count in ((7, 0), (8, 1), (20, 1), (21, 2), (90, 2)):
+        assert len(unreadable.met_before(place)) == count
+        unreadable.check(place)
+    message = r"At most 2.0%.*3 of 100, for example a\\n.jpg, b.jpg, far.jpg.*max_unreadable"
+    with pytest.raises(ValueError, match=message):
+        unreadable.check(91)
+    with pytest.raises(ValueError, match=message), decoding.explaining([unreadable]):
+        raise tf.errors.UnknownError(None, None, "what the pipeline makes of it")
+
+
+def test_that_all_are_unreadable_is_beyond_any_limit():
+    unreadable = decoding.Unreadable(2, 1.0)
+    unreadable.add("a", "", 0)
+    unreadable.check(2)
+    unreadable.add("b", "", 1)
+    with pytest.raises(ValueError, match="2 of 2"):
+        unreadable.check(2)
 
 
 def test_an_image_is_counted_once():
     unreadable = decoding.Unreadable(10, 0.1)
-    unreadable.add("a.jpg", "broken")
-    unreadable.add("a.jpg", "broken")
-    assert unreadable.names == {"a.jpg"}
+    unreadable.add("a.jpg", "broken", 0)
+    unreadable.add("a.jpg", "broken", 1)
+    assert unreadable.names == {"a.jpg"} and unreadable.readable == 9

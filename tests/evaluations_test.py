@@ -483,6 +483,36 @@ def test_test_images_that_are_training_images_too_are_said(photos, tmp_path, cap
     assert "images 0, so that scores are too high: image 0, image 1\n" in capsys.readouterr().out
 
 
+def test_that_images_are_not_compared_is_said_and_nothing_recorded(photos, capsys):
+    train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
+    found = evaluations._shared_images("transfer_x_", [train, images(0)], images(0, 1))
+    assert not found
+    assert f"Not compared: whether images of images 0 are also in {photos}/train, which" in (
+        capsys.readouterr().out
+    )
+    found = evaluations._shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
+    assert found == {"transfer_x_test_images_in_train": 3}
+
+
+def test_classes_of_any_name_are_scored_drawn_and_exported(photos, tmp_path, capsys, caplog):
+    folder = tmp_path / "caf\udce9 \u202e$x$"
+    shutil.copytree(photos, folder)
+    for split in ("train", "val"):
+        (folder / split / "dark").rename(folder / split / "new\nline\x1b[31m")
+        (folder / split / "light").rename(folder / split / "$\\frac{1}$ 猫 caf\udce9")
+    (folder / "train" / "new\nline\x1b[31m" / "3.png").write_bytes(b"broken")
+    shutil.copy(
+        next((folder / "val").rglob("1.png")), folder / "train" / "$\\frac{1}$ 猫 caf\udce9"
+    )
+    names = "--evaluations=knn,clusters,neighbors"
+    call(*small_run(folder, tmp_path / "run", "--epochs=3", names, "--max_unreadable=0.1",
+                    "--knn_every_epochs=0"))  # fmt: skip
+    said = capsys.readouterr().out.splitlines() + [r.getMessage() for r in caplog.records]
+    assert all(line.isprintable() for line in said), said
+    assert sum("new\\nline\\x1b[31m" in line for line in said) >= 2
+    assert (tmp_path / "run" / "figures" / "neighbors.png").exists()
+
+
 def test_results_are_about_one_step(tmp_path):
     workdirs.record(tmp_path, {"loss": 1.0}, 10)
     workdirs.record(tmp_path, {"student_1nn": 0.5}, 10)

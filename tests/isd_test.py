@@ -262,7 +262,24 @@ def test_a_step_that_overflows_is_left_out_by_all_replicas_and_counted(policy, t
     for variable, value in ((model.optimizer.dynamic_scale, 2.0**59), (model.step, 1)):
         for copy in two_replicas.experimental_local_results(variable.value):
             assert float(copy) == value
-    assert int(model.optimizer.iterations.numpy()) == 0
+
+
+def test_the_learning_rate_follows_the_epochs_through_steps_that_overflow(policy, two_replicas):
+    """Two steps of four overflow: the rate of the third epoch is due after the fourth."""
+    policy("mixed_float16")
+    model = mlp_isd(two_replicas)
+    rate = isd_tf.DropsByEpoch(0.5, [3], 0.1, steps_per_epoch=2)
+    with two_replicas.scope():
+        model.compile(isd_tf.TorchSGD(rate))
+    # Halved at each overflow: the third step's gradients, of about 1, stay below 65504.
+    model.optimizer.dynamic_scale.assign(2.0**60)
+    model.fit(vectors(2), verbose=0)
+    assert float(model.optimizer.dynamic_scale.numpy()) == 2.0**58
+    model.optimizer.dynamic_scale.assign(2.0)
+    model.fit(vectors(2), verbose=0)
+    assert float(model.optimizer.dynamic_scale.numpy()) == 2.0
+    assert int(model.step.numpy()) == 4
+    np.testing.assert_allclose(model.optimizer.learning_rate.numpy(), 0.05, rtol=1e-6)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

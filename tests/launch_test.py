@@ -169,7 +169,12 @@ wait_for("never")
     code, output = launched(tmp_path, script, grace=0.5)
     assert code == 75
     assert "[worker 0] still here" in output
-    assert output.index("Worker 1 ended") < output.index("Worker 0 ended by SIGKILL.")
+    order = [
+        *("Worker 1 ended", "Worker 0 has not ended by itself: the launcher ends it."),
+        "Worker 0 ended by SIGKILL.",
+    ]
+    assert [output.count(text) for text in order] == [1, 1, 1]
+    assert sorted(order, key=output.index) == order
     assert time.monotonic() - start < 5
 
 

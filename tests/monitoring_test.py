@@ -94,15 +94,24 @@ def test_progress_without_a_terminal_prints_lines_and_each_epochs_means(fit, cap
     assert max(map(len, output.splitlines())) <= 100
 
 
-def test_progress_in_a_terminal_fits_into_80_columns(fit, capsys, monkeypatch):
+def test_progress_in_a_terminal_fits_into_80_columns_and_ends_in_the_epochs_mean(
+    fit, capsys, monkeypatch
+):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    fit(monitoring.Throughput(4), monitoring.Progress(epochs=2))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, losses = fit(
+        monitoring.EpochMeans(), monitoring.Throughput(4), monitoring.Progress(epochs=2)
+    )
     output = capsys.readouterr().out
     for control in ("\x1b[1m", "\x1b[0m", "\x1b[32m", "\x1b[37m"):
         output = output.replace(control, "")
     lines = output.replace("\r", "\n").replace("\b", "").splitlines()
     bars = [line for line in lines if "━" in line]
     assert bars and all("loss" in bar and "images/s" in bar and len(bar) < 80 for bar in bars)
+    assert max(map(len, lines)) < 80 and "Epoch 2/2: " in output
+    ends = [float(bar.split("loss: ")[1].split()[0]) for bar in bars if "3/3" in bar]
+    np.testing.assert_allclose(ends, losses.mean(axis=1), atol=1e-4)
+    assert not np.allclose(ends, losses[:, -1], atol=1e-3)
 
 
 def logged_steps(directory):

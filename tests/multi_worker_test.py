@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,24 @@ def test_data_that_one_worker_lacks_end_all(photos, tmp_path, start_workers):
         command(*distributed_run(photos, tmp_path, "--data_dir=nowhere")),
     )
     assert_all_refuse(workers, "does not exist.*nowhere")
+
+
+def test_unreadable_images_are_counted_over_all_workers(photos, tmp_path, start_workers):
+    """One is allowed. Each worker meets another one, in the first epoch."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    paths = sorted((folder / "train").rglob("*.png"))
+    order = tf.random.experimental.index_shuffle(np.arange(24), np.int64([0, 0]), 23).numpy()
+    for place in (4, 11):  # A worker has the first two rows of each four, the other the rest.
+        paths[order[place]].write_bytes(b"broken")
+    run = command(
+        *small_run(folder, tmp_path / "run", "--strategy=multi_worker", "--max_unreadable=0.06",
+                   "--knn_every_epochs=0")
+    )  # fmt: skip
+    names = ", ".join(sorted(str(paths[order[place]]) for place in (4, 11)))
+    assert_all_refuse(start_workers(run, run), f"At most 6.0%.*2 of 24, for example {names}. ")
+    # The first three steps meet both, and the third is not saved.
+    assert newest_step(tmp_path / "run") == 2
 
 
 def test_a_worker_gives_up_waiting_for_the_others(photos, tmp_path):

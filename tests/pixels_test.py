@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 from PIL import Image, ImageOps
 
-from isd_tf.data import pixels
+from isd_tf.data import graph_decoder, pixels
 
 # Large flat areas, so that the roundings of lossy formats stay small; no two sides are alike.
 SCENE = np.asarray(
@@ -204,6 +204,8 @@ FORMS = {
     "tiff, lab": (save(convert("LAB"), "TIFF"), ELSEWHERE),
     "tiff, YCbCr": (save(convert("YCbCr"), "TIFF"), ELSEWHERE),
     "tiff, 1 bit": (save(convert("1"), "TIFF"), ELSEWHERE),
+    "tiff, tiled": (save(SCENE, "TIFF", tiled=True, tile=(16, 16)), ELSEWHERE),
+    "tiff, fax": (save(convert("1"), "TIFF", compression="group4"), ELSEWHERE),
     "tiff, two pages": (save(SCENE, "TIFF", **MOVING), ELSEWHERE),
     "avif": (save(SCENE, "AVIF", quality=95), ELSEWHERE),
     "avif, alpha": (save(RGBA, "AVIF", quality=95), ELSEWHERE),
@@ -212,6 +214,10 @@ FORMS = {
     "ico": (save(RGBA, "ICO", sizes=[(40, 30)]), ELSEWHERE),
     "tga": (save(RGBA, "TGA"), ELSEWHERE),
     "qoi": (save(SCENE, "QOI"), ELSEWHERE),
+    "pgm, text": (b"P2 # by hand\n3 2\n15\n0 7 15\n1 2 3\n", ELSEWHERE),
+    "sgi": (save(SCENE, "SGI"), ELSEWHERE),
+    "pcx": (save(SCENE, "PCX"), ELSEWHERE),
+    "dds, alpha": (save(RGBA, "DDS"), ELSEWHERE),
 }  # fmt: skip
 for tag in range(1, 9):
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
@@ -257,6 +263,7 @@ SIXTEEN_BITS = {
     ),
     "tiff, 32 bits": (save(SIXTEEN[..., 0].astype(np.int32), "TIFF"), SIXTEEN / 257, ELSEWHERE),
     "pgm": (save(SIXTEEN[..., 0], "PPM"), SIXTEEN / 257, ELSEWHERE),
+    "ppm": (b"P6 40 30 65535 " + SIXTEEN_RGB.astype(">u2").tobytes(), SIXTEEN_RGB / 257, ELSEWHERE),
     "jpeg 2000": (save(SIXTEEN[..., 0], "JPEG2000"), SIXTEEN / 257, ELSEWHERE),
     # Few bits, of which Pillow leaves the transparent level at the file's depth.
     "png, 2 bits": (
@@ -272,7 +279,7 @@ SIXTEEN_BITS = {
     "png, 1 bit": (png(GREY // 128, 1, 0, chunk(b"tRNS", b"\0\0")), GREY * 0 + 255, IN_GRAPH),
 }  # fmt: skip
 
-decode = tf.function(pixels.decode, input_signature=[tf.TensorSpec([], tf.string)])
+decode = tf.function(graph_decoder.decode, input_signature=[tf.TensorSpec([], tf.string)])
 
 
 def seen(encoded):
@@ -410,9 +417,16 @@ def test_heic_is_read_where_its_package_is_installed(monkeypatch):
             function.cache_clear()
 
 
+def test_a_large_image_is_handed_over_in_parts(monkeypatch):
+    image = pixels.open_image(save(RGBA, "PNG"))
+    for part in (1, image.width * 7, 10**6):
+        monkeypatch.setattr(pixels, "PART_PIXELS", part)
+        np.testing.assert_array_equal(pixels.as_array(image), np.asarray(image))
+
+
 def test_one_limit_of_pixels_holds_for_every_format_and_route():
     small = tf.function(
-        lambda encoded: pixels.decode(encoded, max_pixels=1199),
+        lambda encoded: graph_decoder.decode(encoded, max_pixels=1199),
         input_signature=decode.input_signature,
     )
     for form in ("jpeg", "png", "webp", "webp, alpha", "gif", "bmp", "tiff", "avif"):

@@ -131,6 +131,16 @@ def test_windows_is_refused_in_a_sentence(program):
     assert "Traceback" not in result.stderr
 
 
+def test_what_is_said_moves_no_cursor_and_turns_no_letters():
+    text = "a\x1b[31m\rb\u202ec\udce9 d\nthe next line"
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import program; program.prepare()\n"
+        f"program.say({text!r})\n"
+    )
+    result = python("-c", code, path=EXPERIMENTS)
+    assert result.stdout == "a\\x1b[31m\\rb\\u202ec\\udce9 d\nthe next line\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_that_cannot_show_a_name_ends_nothing(encoding, tmp_path):
     name = "caf\u00e9 \u732b \udce9"  # The last is a byte of a name that is in no encoding.

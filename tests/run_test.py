@@ -462,9 +462,13 @@ def test_the_untrained_contestant_is_the_student_before_its_first_step():
         (["--teacher_temperature=inf"], "teacher_temperature must be .* finite"),
         (["--data_dir=nowhere"], "does not exist.*nowhere"),
         (["--dataset=list", "--image_list=nowhere.txt"], "nowhere.txt"),
+        (["--width=100000000"], "the weights of --width=100000000 need .* 8 GiB. Lower --width"),
+        (["--image_size=9000"], "4 images of 9000 x 9000 pixels a step need at least 10 GiB"),
+        (["--queue_size=2000000000"], "--queue_size=2000000000 of length 4 need at least 30"),
     ],
 )
-def test_bad_input_is_refused_in_one_sentence(arguments, message, photos, tmp_path):
+def test_bad_input_is_refused_in_one_sentence(arguments, message, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.memory, "available", lambda: 8 * 2**30)
     with pytest.raises((ValueError, OSError), match=message):
         call(*small_run(photos, tmp_path / "run"), *arguments)
 

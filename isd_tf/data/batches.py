@@ -4,38 +4,29 @@ The order of the images and both views of each are a pure function of (seed, ste
 shuffled by state, so a run continued at any step sees what the uninterrupted run would have seen,
 and the number of replicas and workers changes nothing: of each global batch a worker prepares its
 own rows. For arrays and files this holds image by image; for streams of TFRecord files, of which
-every worker reads all records and decodes its own, as long as the shards and STREAM_* constants
+every worker reads all records and decodes its own, as long as the shards and the STREAM_* constants
 stay the same. Only tf.data service (`data_service`) gives the order up.
 """
 
-import functools
-import os
 import time
 from typing import NamedTuple
 
 import grpc  # TensorFlow depends on it.
-import numpy as np
 import tensorflow as tf
 
-from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset, is_labelled
-from isd_tf.data.decoding import (
-    REPLACED,
-    UNREADABLE_IN_SERVICE,
-    Unreadable,
-    open_first_readable,
+from isd_tf.data.datasets import Dataset, is_labelled
+from isd_tf.data.decoding import REPLACED, Unreadable
+from isd_tf.data.readers import (
+    READERS,
+    CentreCrop,
+    Order,
+    RandomCrops,
+    as_it_stands,
+    in_own_order,
+    mapped,
 )
-from isd_tf.data.pixels import decode, graph_formats, read_file
-from isd_tf.views import augment, crops
+from isd_tf.views import augment
 
-# Shards read side by side, and undecoded records among which a stream is shuffled.
-STREAM_SHARDS = 16
-STREAM_BUFFER = 8192
-# An unreadable record of a stream gives way to the readable one among so many that follow.
-STREAM_CANDIDATES = 4
-# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
-TFDS_FORMATS = ("JPEG", "PNG")
-# Images that are decoded one after the other, as one element of a dataset.
-GROUP = 16
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
 PREFETCHED_BATCHES = 2
 # How long to wait for a data service's first worker; TensorFlow would wait forever, in silence.
@@ -114,7 +105,7 @@ def pretraining_batches(
             len(dataset), 0.0, max_pixels=unreadable.max_pixels, in_service=True
         )
         context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
-    order = _Order(
+    order = Order(
         len(dataset),
         global_batch_size,
         seed,
@@ -122,7 +113,7 @@ def pretraining_batches(
         workers=context.num_input_pipelines,
         worker=context.input_pipeline_id,
     )
-    look = _RandomCrops(
+    look = RandomCrops(
         image_size,
         tuple(augment.RECIPES[recipe].area for recipe in views),
         (2 * seed, 2 * seed + 1),
@@ -135,7 +126,7 @@ def pretraining_batches(
         parts = zip(("teacher_view", "student_view"), views, cut, look.seeds(places), strict=True)
         return batch | {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
 
-    batches = _map(batches, two_views)
+    batches = mapped(batches, two_views)
     options = tf.data.Options()
     options.deterministic = True
     # Parallel over images: threads inside an operation would wait for each other.
@@ -169,7 +160,7 @@ def evaluation_batches(
         Pairs of float32 [b, S, S, 3], evaluation views, and int64 [b], labels (-1: unknown).
     """
     batches = numbered_batches(dataset, image_size, batch_size, unreadable)
-    return batches.map(_as_it_stands(lambda rows, views, labels: (views, labels)))
+    return batches.map(as_it_stands(lambda rows, views, labels: (views, labels)))
 
 
 def numbered_batches(
@@ -180,12 +171,12 @@ def numbered_batches(
     Returns:
         Triples of int64 [b], places in the dataset, and the views and labels.
     """
-    seen = _in_own_order(dataset, _CentreCrop(image_size), unreadable, batch_size)
+    seen = in_own_order(dataset, CentreCrop(image_size), unreadable, batch_size)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
         return places, augment.normalize(augment.to_unit_range(crops[0])), labels
 
-    return _map(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
+    return mapped(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
 
 
 def numbered_views(
@@ -207,13 +198,13 @@ def numbered_views(
         with b = 1, and of the label, int64 [1] (-1: unknown).
     """
     areas = tuple(augment.RECIPES[recipe].area for recipe in views)
-    look = _RandomCrops(image_size, areas, (2 * seed, 2 * seed + 1))
+    look = RandomCrops(image_size, areas, (2 * seed, 2 * seed + 1))
 
     def two_views(places, crops, labels):
         parts = zip(views, crops, look.seeds(places), strict=True)
         return *({recipe: (crop, seeds)} for recipe, crop, seeds in parts), labels
 
-    return _map(_in_own_order(dataset, look, unreadable, 1).rebatch(1), two_views)
+    return mapped(in_own_order(dataset, look, unreadable, 1).rebatch(1), two_views)
 
 
 def probe_batches(
@@ -238,16 +229,16 @@ def probe_batches(
         Pairs of float32 [b, S, S, 3], `augment.LINEAR`'s views, and int64 [b], labels.
     """
     unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
-    order = _Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
+    order = Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
-    look = _RandomCrops(image_size, (augment.LINEAR.area,), (seed,))
+    look = RandomCrops(image_size, (augment.LINEAR.area,), (seed,))
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
         return augment.LINEAR.finish(crops[0], look.seeds(places)[0]), labels
 
-    views = _map(seen.rebatch(order.global_batch_size), finish)
+    views = mapped(seen.rebatch(order.global_batch_size), finish)
     return views.prefetch(PREFETCHED_BATCHES)
 
 
@@ -258,12 +249,6 @@ def check_views(views: tuple[str, ...]) -> None:
             f"Unknown views. Expected two of {', '.join(augment.RECIPES)}, the teacher's and then "
             f"the student's, such as weak/strong. Received: {'/'.join(views)}."
         )
-
-
-def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Returns which images stand at `places` (int64, below `count`) of an epoch's permutation."""
-    key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
-    return tf.random.experimental.index_shuffle(places, key, count - 1)
 
 
 def _require_workers(address):
@@ -293,314 +278,3 @@ def _require_workers(address):
                 f"Received: {error.details()}. Start one: "
                 f"experiments/data_service.py --role=dispatcher --port={port}"
             ) from None
-
-
-# --------------------------------------------------------------------- what is seen of an image
-
-
-class _RandomCrops(NamedTuple):
-    """One random crop for each view, drawn from (seed of the view, place)."""
-
-    size: int
-    areas: tuple[tuple[float, float], ...]
-    view_seeds: tuple[int, ...]
-
-    @property
-    def views(self):
-        return len(self.view_seeds)
-
-    def seeds(self, places):
-        """For each view int64 [n, 2] of places [n]."""
-        # Places count images over the whole training, so that no two views share a seed.
-        return [tf.stack([tf.zeros_like(places) + seed, places], 1) for seed in self.view_seeds]
-
-    def draws(self, places):  # [n]
-        return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
-
-    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
-        return tuple(
-            crops.resize_boxes(images, crops.crop_boxes(of_view, images, area), self.size)
-            for of_view, area in zip(tf.unstack(draws, axis=1), self.areas, strict=True)
-        )
-
-
-class _CentreCrop(NamedTuple):
-    """The evaluation view's crop."""
-
-    size: int
-    views: int = 1
-
-    def draws(self, places):
-        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
-
-    def __call__(self, images, draws):
-        return (crops.centre_crops(images, self.size),)
-
-
-def _in_own_order(dataset, look, unreadable, batch_size):
-    """What is seen of a dataset's images in its own order, those that cannot be read left out.
-
-    Returns a dataset of (numbers [n], for each view [n, S, S, 3], labels [n]).
-    """
-    unreadable = unreadable or Unreadable(len(dataset), 0.0)
-    if isinstance(dataset, ArrayDataset):
-        with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
-            all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
-
-        def look_at_batch(first):
-            numbers = tf.range(first, tf.minimum(first + batch_size, len(dataset)))
-            seen = look(all_images[first : first + batch_size], look.draws(numbers))
-            return numbers, seen, all_labels[first : first + batch_size]
-
-        firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
-        return _map(firsts, look_at_batch)
-
-    if isinstance(dataset, FileDataset):
-        paths = _paths(dataset)
-        sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
-    else:
-        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-        sources = _map(records, functools.partial(_source_of_record, dataset))
-
-    def look_at_group(numbers, group):  # [n], three of [n]
-        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
-        draws = look.draws(numbers)
-        seen, labels, readable = _look_at_group(look, draws, candidate, dataset, 1, unreadable)
-        return tf.nest.map_structure(
-            lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
-        )
-
-    return _map(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
-
-
-def _group_size(unreadable):
-    """Images that are looked at together; in a data service one, to name the unreadable one."""
-    return 1 if unreadable.in_service else GROUP
-
-
-def _look_at_group(look, draws, candidate, dataset, attempts, unreadable):
-    """What is seen of a few images.
-
-    Args:
-        look, draws: `look.draws` of n places.
-        candidate: which of the n, and the number of an attempt, to a source, a name and a label.
-        dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as in `open_first_readable`. A data service's workers have no Python:
-            there every image must be readable.
-
-    Returns:
-        For each view uint8 [n, S, S, 3], labels [n], and bool [n]: whether any could be read.
-    """
-    is_file = isinstance(dataset, FileDataset)
-    formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    count = tf.shape(draws, out_type=tf.int64)[0]
-    empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
-    first = tf.constant(0, tf.int64)
-
-    def look_at(i):
-        source, _, label = candidate(i, first)
-        encoded = tf.io.read_file(source) if is_file else source
-        image = decode(encoded, unreadable.max_pixels, formats)
-        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
-        return tuple(x[0] for x in seen), label
-
-    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
-    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
-    at_once = tf.data.Dataset.range(count).map(_as_it_stands(look_at)).batch(count, True)
-    nothing = tf.data.Dataset.from_tensors((empty, tf.zeros([0], tf.int64)))
-    readable = at_once.ignore_errors().concatenate(nothing).take(1)
-    seen, labels = readable.get_single_element()
-
-    def look_at_first_readable(i):
-        read = read_file if is_file else bytes
-        of_image = functools.partial(candidate, i)
-        image, label = open_first_readable(of_image, read, attempts, unreadable)
-        readable = tf.size(image) > 0
-        seen = tf.cond(
-            readable,
-            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
-            lambda: tuple(tf.zeros([1, look.size, look.size, 3], tf.uint8) for _ in empty),
-        )
-        return tuple(x[0] for x in seen), label, readable
-
-    def each():
-        if unreadable.in_service:
-            message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
-            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
-        types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
-        return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
-
-    seen, labels, readable = tf.cond(
-        tf.size(labels) > 0, lambda: (seen, labels, tf.fill([count], True)), each
-    )
-    seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
-    return seen, tf.ensure_shape(labels, [None]), tf.ensure_shape(readable, [None])
-
-
-# ---------------------------------------------------------------- images in the order of training
-# Each reader returns an endless dataset of (places [n], for each view [n, S, S, 3], labels [n]),
-# this worker's.
-
-
-class _Order(NamedTuple):
-    """Which places of the training belong to this worker: in every batch, its part of the rows.
-
-    Places count images over the whole training. An epoch has `images_per_epoch` of them: a multiple
-    of the batch, or with `keep_remainder`, for a single worker, the whole dataset.
-    """
-
-    dataset_size: int
-    global_batch_size: int
-    seed: int
-    first_step: int = 0
-    last_step: int = tf.int64.max
-    workers: int = 1
-    worker: int = 0
-    keep_remainder: bool = False
-
-    @property
-    def rows(self):
-        return self.global_batch_size // self.workers
-
-    @property
-    def steps_per_epoch(self):
-        whole, remainder = divmod(self.dataset_size, self.global_batch_size)
-        return whole + (self.keep_remainder and remainder > 0)
-
-    @property
-    def images_per_epoch(self):
-        images = self.steps_per_epoch * self.global_batch_size
-        return min(images, self.dataset_size) if self.keep_remainder else images
-
-    @property
-    def steps(self):
-        return tf.data.Dataset.range(self.first_step, self.last_step)
-
-    @property
-    def epochs(self):
-        last = (self.last_step - 1) // self.steps_per_epoch + 1
-        return tf.data.Dataset.range(self.first_step // self.steps_per_epoch, last)
-
-    def places(self, step):
-        epoch, step_in_epoch = step // self.steps_per_epoch, step % self.steps_per_epoch
-        first = step_in_epoch * self.global_batch_size + self.worker * self.rows
-        places = first + tf.range(self.rows, dtype=tf.int64)
-        if self.keep_remainder:
-            places = places[: self.images_per_epoch - first]
-        return epoch * self.images_per_epoch + places
-
-    def images_at(self, places, attempt=0):
-        """Which images stand at places of one epoch, or `attempt` places further on in it."""
-        epoch = tf.reshape(places, [-1])[0] // self.images_per_epoch
-        places_in_epoch = (places % self.images_per_epoch + attempt) % self.dataset_size
-        return permuted(places_in_epoch, epoch, self.dataset_size, self.seed)
-
-    def is_own(self, place):
-        return place % self.global_batch_size // self.rows == self.worker
-
-
-def _array_batches(dataset, order, look, unreadable):
-    del unreadable  # Arrays are decoded.
-    with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
-        all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
-
-    def look_at_batch(step):
-        places = order.places(step)
-        rows = order.images_at(places)
-        seen = look(tf.gather(all_images, rows), look.draws(places))
-        return places, seen, tf.gather(all_labels, rows)
-
-    return _map(order.steps, look_at_batch)
-
-
-def _file_images(dataset, order, look, unreadable):
-    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
-
-    def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
-
-    def look_at_group(places):  # [n]
-        def candidate(i, attempt):
-            # What cannot be read gives way to the next image in the epoch's order.
-            row = order.images_at(places[i], attempt)
-            return paths[row], paths[row], labels[row]
-
-        draws, count = look.draws(places), len(dataset)
-        # When none can be read, `unreadable` ends the run.
-        seen, chosen, _ = _look_at_group(look, draws, candidate, dataset, count, unreadable)
-        return places, seen, chosen
-
-    return _map(order.steps.flat_map(places_of), look_at_group)
-
-
-def _record_images(dataset, order, look, unreadable):
-    images_per_epoch = order.images_per_epoch
-    first_epoch, first_step_in_epoch = divmod(order.first_step, order.steps_per_epoch)
-    skipped = first_step_in_epoch * order.global_batch_size
-    all_shards = [tf.constant(values) for values in dataset.shards]
-
-    def epoch_of_records(epoch):
-        key = tf.stack([tf.constant(order.seed, tf.int64), epoch])
-        permutation = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
-        shards = tuple(tf.gather(values, permutation) for values in all_shards)
-        in_shards = tf.data.Dataset.from_tensor_slices(shards).interleave(
-            dataset.read_shard, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
-        )
-        # `shuffle` would mix the program's global seed in. This sets that of this function's graph
-        # alone; 0 would make it fail, as it compares both seeds with 0 in Python.
-        tf.compat.v1.set_random_seed(1)
-        # One key a (seed, epoch): a training has fewer than a million epochs.
-        shuffled = in_shards.shuffle(
-            STREAM_BUFFER, seed=order.seed * 1_000_000 + epoch, reshuffle_each_iteration=False
-        )
-        # Each record with those that would replace it; the last ones are followed by some again.
-        extended = shuffled.concatenate(in_shards.repeat().take(STREAM_CANDIDATES - 1))
-        windows = extended.window(STREAM_CANDIDATES, shift=1, drop_remainder=True)
-        windows = windows.flat_map(
-            lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))
-        )
-        images = windows.take(images_per_epoch).enumerate(epoch * images_per_epoch)
-        # Here, not once for all epochs: each of a data service's workers begins with another.
-        return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
-
-    def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
-        def candidate(i, attempt):
-            return _source_of_record(dataset, *(part[i, attempt] for part in group))
-
-        seen, labels, readable = _look_at_group(
-            look, look.draws(places), candidate, dataset, STREAM_CANDIDATES, unreadable
-        )
-        message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
-        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
-            return places, seen, tf.identity(labels)
-
-    windows = order.epochs.flat_map(epoch_of_records)
-    windows = windows.filter(lambda place, window: order.is_own(place))
-    return _map(windows.batch(_group_size(unreadable)), look_at_group)
-
-
-READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
-
-
-def _map(dataset, function):
-    return dataset.map(_as_it_stands(function), tf.data.AUTOTUNE)
-
-
-def _as_it_stands(function):
-    """Keeps AutoGraph from searching a function's source for loops, which takes seconds."""
-    return tf.autograph.experimental.do_not_convert(function)
-
-
-def _source_of_record(dataset, file, index, record):
-    """Encoded image, name and label of a record."""
-    encoded, label = dataset.parse(record)
-    return encoded, tf.strings.join([file, ", record ", tf.strings.as_string(index)]), label
-
-
-def _paths(dataset):
-    return [os.fsencode(path) for path in dataset.paths]  # A name need not be UTF-8.
-
-
-def _labels(dataset):
-    return np.full(len(dataset), -1, np.int64) if dataset.labels is None else dataset.labels

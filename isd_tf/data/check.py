@@ -135,7 +135,7 @@ def _look(name, read, max_pixels):
             image = Image.fromarray(content)
             mode = image.mode
         else:
-            image = pixels.open_image(content, name, max_pixels)
+            image = pixels.open_image(content, shown(name), max_pixels)
             with Image.open(io.BytesIO(content)) as stored:
                 mode = stored.mode
     except pixels.UnreadableImage as error:
@@ -192,21 +192,22 @@ def write_csv(checked: Checked, path: str) -> None:
 # ----------------------------------------------------------------------------- train and test
 
 
-def shared_images(train: Dataset, test: Dataset) -> list[tuple[int, int]]:
+def shared_images(train: Dataset, test: Dataset) -> list[tuple[int, int]] | None:
     """Finds test images that are training images too: the same file, bytes or pixels.
 
-    Of files only those are read that have the size of another. Streams of TFRecord files, and
-    datasets of two kinds, are not compared.
+    Of files only those are read that have the size of another.
 
     Returns:
-        Pairs of a row of `train` and a row of `test`, in the order of the latter.
+        Pairs of a row of `train` and a row of `test`, in the order of the latter. None for streams
+        of TFRecord files, which are long to read, and for datasets of two kinds: these are not
+        compared.
     """
     if isinstance(train, ArrayDataset) and isinstance(test, ArrayDataset):
         if train.images.shape[1:] != test.images.shape[1:]:
             return []
         return _pairs(*(map(_digest_of_array, dataset.images) for dataset in (train, test)))
     if not (isinstance(train, FileDataset) and isinstance(test, FileDataset)):
-        return []
+        return None
     with concurrent.futures.ThreadPoolExecutor(4 * os.cpu_count()) as pool:
         both = (train.paths, test.paths)
         files = [list(pool.map(_file_and_size, paths)) for paths in both]

@@ -33,7 +33,7 @@ class ArrayDataset:
     """Images of one size in memory.
 
     Attributes:
-        name: for messages.
+        name: for messages, printable.
         images: uint8 [N, H, W, 3].
         labels: int64 [N], or None.
         class_names: of the labels.
@@ -173,7 +173,7 @@ def load(
 
 def describe(dataset: Dataset) -> str:
     """Says in a line or two which images a dataset has, of which classes, and what is left out."""
-    text = f"{shown(dataset.name)}: {len(dataset)} images"
+    text = f"{dataset.name}: {len(dataset)} images"
     if not is_labelled(dataset):
         text += " without labels"
     elif isinstance(dataset, RecordDataset):
@@ -228,7 +228,7 @@ def _load_folder(data_dir, train_split, test_split):
     root = str(pathlib.Path(data_dir))
     if not os.path.isdir(root):
         raise FileNotFoundError(
-            f"The image folder does not exist. Received: --data_dir={data_dir}. "
+            f"The image folder does not exist. Received: --data_dir={shown(data_dir)}. "
             "Expected a folder with train/<class>/ inside, or with images at any depth."
         )
     train_split, test_split = folders.find_splits(root, train_split, test_split)
@@ -253,7 +253,7 @@ def _load_folder(data_dir, train_split, test_split):
 
 def _open_folder(folder, found, class_names=None):
     if found.classes is None:
-        return FileDataset(folder, found.paths, left_out=found.left_out)
+        return FileDataset(shown(folder), found.paths, left_out=found.left_out)
     names = class_names or tuple(sorted(set(found.classes)))
     unknown = sorted(set(found.classes) - set(names))
     if unknown:
@@ -266,7 +266,7 @@ def _open_folder(folder, found, class_names=None):
         )
     places = {name: place for place, name in enumerate(names)}
     labels = np.array([places[name] for name in found.classes], np.int64)
-    return FileDataset(folder, found.paths, labels, names, found.left_out)
+    return FileDataset(shown(folder), found.paths, labels, names, found.left_out)
 
 
 def _load_list(image_list, data_dir):
@@ -278,15 +278,15 @@ def _load_list(image_list, data_dir):
     missing = [row for row, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
-            f"{image_list} names {len(missing)} files that do not exist, of {len(paths)}; the "
-            f"first is {shown(paths[missing[0]])}. Paths are relative to {shown(root)}: correct "
-            f"the list or --data_dir.{lists.explain_missing(entries[missing[0]][0], root)}"
+            f"{shown(image_list)} names {len(missing)} files that do not exist, of {len(paths)}; "
+            f"the first is {shown(paths[missing[0]])}. Paths are relative to {shown(root)}: "
+            f"correct the list or --data_dir.{lists.explain_missing(entries[missing[0]][0], root)}"
         )
     labels = None
     if class_names:
         places = {name: place for place, name in enumerate(class_names)}
         labels = np.array([places[name] for _, name in entries], np.int64)
-    return FileDataset(image_list, tuple(paths), labels, class_names)
+    return FileDataset(shown(image_list), tuple(paths), labels, class_names)
 
 
 # -------------------------------------------------------------------------------------- TFDS

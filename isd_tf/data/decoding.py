@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +25,9 @@ REPLACED, LEFT_OUT = "replaced by the next one", "left out"
 
 class Unreadable:
     """The unreadable images of a dataset: counted once each, named in the log, limited.
+
+    Each counts from the place on at which the reading meets it, so that the verdict at a place is
+    the same however far ahead of it is read.
 
     Args:
         total: images in the dataset.
@@ -48,34 +51,57 @@ class Unreadable:
         self.fate = fate
         self.max_pixels = max_pixels
         self.in_service = in_service
-        self.names: set[str] = set()
+        self.verdict = ""  # What `check` has raised.
+        self._first_places: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def names(self) -> set[str]:
+        """All that were met so far, those that were read ahead too."""
+        return set(self._first_places)
 
     @property
     def readable(self) -> int:
         """Images that are left, as far as they have been read."""
-        return self.total - len(self.names)
+        return self.total - len(self._first_places)
 
-    def add(self, name: str, reason: str) -> None:
-        """Counts and logs an unreadable image; raises ValueError when they are too many."""
+    def met_before(self, place: int) -> list[str]:
+        """Names of the unreadable images that stand before a place."""
         with self._lock:
-            if name not in self.names:
-                self.names.add(name)
+            return [name for name, first in self._first_places.items() if first < place]
+
+    def add(self, name: str, reason: str, place: int) -> None:
+        """Counts and logs an image that cannot be read where the order has it.
+
+        Args:
+            name: path, or place in the files of the dataset.
+            reason: for the log.
+            place: in the order of reading.
+        """
+        with self._lock:
+            is_new = name not in self._first_places
+            self._first_places[name] = min(place, self._first_places.get(name, place))
+            if is_new:
                 logging.warning(
                     "Unreadable image, %s: %s (%s)", self.fate, shown(name), shown(reason)
                 )
-        self.check()
 
-    def check(self) -> None:
-        """Raises ValueError when more than the allowed share of the images is unreadable."""
-        count = len(self.names)
-        if count > self.limit * self.total or count == self.total:
-            some = ", ".join(map(shown, sorted(self.names)[:3]))
-            raise ValueError(
-                f"At most {self.limit:.1%} of the images may be unreadable. Received: "
-                f"{count} of {self.total}, for example {some}. "
-                "Repair or remove them, or raise --max_unreadable."
-            )
+    def refusal(self, count: int, names: Iterable[str]) -> str:
+        """Says, with some of their names, that so many are too many; empty where they are not."""
+        if count <= self.limit * self.total and count < self.total:
+            return ""
+        return (
+            f"At most {self.limit:.1%} of the images may be unreadable. Received: "
+            f"{count} of {self.total}, for example {', '.join(map(shown, sorted(names)[:3]))}. "
+            "Repair or remove them, or raise --max_unreadable."
+        )
+
+    def check(self, place: int) -> None:
+        """Raises ValueError when too many of the images before a place are unreadable."""
+        names = self.met_before(place)
+        if refusal := self.refusal(len(names), names):
+            self.verdict = refusal
+            raise ValueError(refusal)
 
 
 @contextlib.contextmanager
@@ -89,7 +115,8 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         yield
     except tf.errors.OpError as error:
         for counter in counters:
-            counter.check()
+            if counter.verdict:
+                raise ValueError(counter.verdict) from None
         in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
         if in_service:
             raise ValueError(
@@ -104,6 +131,7 @@ def open_first_readable(
     read: Callable[[bytes], bytes],
     attempts: int,
     unreadable: Unreadable,
+    place: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Opens the first candidate that can be read by Pillow, which reads more than a graph does.
 
@@ -112,25 +140,31 @@ def open_first_readable(
         read: source to encoded bytes; says why not by pixels.UnreadableImage.
         attempts: how many candidates there are.
         unreadable: where failures are reported.
+        place: int64 scalar, where in the order of reading an image is wanted.
 
     Returns:
         The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
 
-    def open_or_report(source, name):
+    def open_or_report(source, name, place):
         name = os.fsdecode(name)
         try:
             encoded = read(source)
-            return np.asarray(pixels.open_image(encoded, shown(name), unreadable.max_pixels))
+            image = pixels.open_image(encoded, shown(name), unreadable.max_pixels)
+            del encoded
+            return pixels.as_array(image)
         except pixels.UnreadableImage as error:
-            unreadable.add(name, str(error))
+            unreadable.add(name, str(error), int(place))
             return np.zeros([0, 0, 3], np.uint8)
 
     def attempt(number):
         source, name, label = candidate(number)
-        image = tf.numpy_function(open_or_report, [source, name], tf.uint8, stateful=True)
+        image = tf.numpy_function(open_or_report, [source, name, place], tf.uint8, stateful=True)
         return number + 1, tf.ensure_shape(image, [None, None, 3]), label
 
+    # With one more than may be unreadable the limit ends the reading here. Of a million broken ones
+    # all would be tried, at each place.
+    attempts = min(attempts, int(unreadable.limit * unreadable.total) + 1)
     _, image, label = tf.while_loop(
         lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
         lambda number, image, label: attempt(number),

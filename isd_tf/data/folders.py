@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from isd_tf.data.pixels import image_suffixes
+from isd_tf.data.pixels import BEGINNING, image_suffixes, kind_of_beginning
 
 # What systems and programs leave behind, in lower case; names that begin with a dot beside these.
 LEFT_BY_SYSTEMS = frozenset(
@@ -31,12 +31,26 @@ LOOKS_LIKE_A_SPLIT = re.compile(
 )
 
 
+# Of files that are no images, or of programs that Pillow shows a small preview of: not looked into.
+NO_IMAGES = frozenset(
+    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .rst .html .htm .ini .cfg .conf .log .lst"
+    " .pdf .doc .docx .xls .xlsx .ppt .pptx .rtf .odt .eps .ps .ai .svg .wmf .emf .url .lnk"
+    " .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst .iso .bak .tmp .part .crdownload .download"
+    " .mp4 .mov .avi .mkv .webm .mpg .mpeg .m4v .3gp .wmv .mp3 .wav .flac .ogg .m4a .aac"
+    " .npy .npz .pt .pth .ckpt .pkl .mat .h5 .hdf5 .parquet .arrow .tfrecord .db .sqlite .onnx"
+    " .py .ipynb .pyc .c .h .cpp .js .css .sh .bat .exe .dll .so .sha1 .sha256 .md5 .xmp .aae"
+    " .heic .heif .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pef .srw .raw".split()
+)
+# Of so many files with one unknown suffix, none of them an image, the rest are taken for none too.
+LOOKED_INTO = 1000
+
+
 class Found(NamedTuple):
     """What lies below a folder."""
 
     paths: tuple[str, ...]  # of images
     classes: tuple[str, ...] | None  # of each image the subfolder that it is in; None: no classes
-    left_out: tuple[str, ...]  # paths of files that are not read for their suffix
+    left_out: tuple[str, ...]  # paths of files that are no images
 
 
 def find_splits(
@@ -64,7 +78,7 @@ def find_splits(
         alike = [name for name in folders if LOOKS_LIKE_A_SPLIT.fullmatch(name)]
         if train_split != "train" or test_split or alike:
             raise FileNotFoundError(
-                f"The folder {root} has no subfolder {train_split!r} to train on"
+                f"The folder {shown(root)} has no subfolder {train_split!r} to train on"
                 + (f", but {_listed(alike)}, which look like parts of a dataset" if alike else "")
                 + ". Name the right ones by --train_split and --test_split, or give a folder that "
                 "holds training images only."
@@ -75,7 +89,7 @@ def find_splits(
             test_split = test_split or _only(root, folders, (name,), "--test_split")
     elif test_split not in folders:
         raise FileNotFoundError(
-            f"The test folder {os.path.join(root, test_split)} does not exist. {root} has the "
+            f"The test folder {shown(os.path.join(root, test_split))} does not exist. It has the "
             f"folders {_listed(folders)}. Correct --test_split."
         )
     known = (train, test_split, *TRAIN_NAMES, *TEST_NAMES)
@@ -92,7 +106,9 @@ def find_splits(
 
 def _subfolders(root):
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not is_left_by_system(e.name))
+        return sorted(
+            e.name for e in entries if _kind(e) == "folder" and not is_left_by_system(e.name)
+        )
 
 
 def _only(root, folders, names, flag):
@@ -101,7 +117,7 @@ def _only(root, folders, names, flag):
     found = exact or [name for name in folders if name.lower() in names]
     if len(found) > 1:
         raise FileNotFoundError(
-            f"The folder {root} has {_listed(found)}. Say by {flag} which of them is meant."
+            f"The folder {shown(root)} has {_listed(found)}. Say by {flag} which of them is meant."
         )
     return found[0] if found else None
 
@@ -114,6 +130,8 @@ def is_left_by_system(name: str) -> bool:
 def scan(folder: str, labelled: bool) -> Found:
     """Lists the images below a folder, at any depth; its immediate subfolders are the classes.
 
+    A name that ends as an image's is one. Into files of unknown suffix, or none, it looks.
+
     Args:
         folder: where to look. Linked folders are followed, but not in a circle.
         labelled: whether subfolders are classes, which they are where no image lies beside them.
@@ -121,29 +139,15 @@ def scan(folder: str, labelled: bool) -> Found:
     Raises:
         ValueError: where there is no image, or where training and test images would be mixed.
     """
-
-    def fail(error):
-        raise error
-
-    paths, left_out, empty, visited = [], [], [], set()
-    suffixes = image_suffixes()
-    for directory, subdirectories, files in os.walk(folder, onerror=fail, followlinks=True):
-        if os.path.realpath(directory) in visited:  # A link back up.
-            subdirectories.clear()
-            continue
-        visited.add(os.path.realpath(directory))
-        subdirectories[:] = sorted(name for name in subdirectories if not is_left_by_system(name))
-        for file in sorted(files):
-            if not is_left_by_system(file):
-                is_image = os.path.splitext(file)[1].lower() in suffixes
-                (paths if is_image else left_out).append(os.path.join(directory, file))
-        if directory == folder:
-            empty = list(subdirectories)
+    is_image = _image_test()
+    paths, left_out = [], []
+    for path in _files_below(folder):
+        (paths if is_image(path) else left_out).append(path)
     if not paths:
         raise ValueError(
             f"Found no image below {shown(folder)}, which holds "
             f"{count_by_suffix(left_out) or 'no file at all'}. Expected names that end in .jpg, "
-            f".png or another of the {len(suffixes)} suffixes that Pillow reads."
+            f".png or another of the {len(image_suffixes())} suffixes that Pillow reads."
         )
     tops = [os.path.relpath(path, folder).split(os.sep) for path in paths]
     if not labelled:
@@ -158,10 +162,78 @@ def scan(folder: str, labelled: bool) -> Found:
             shown(beside[0]),
         )
     classes = [parts[0] for parts in tops]
-    empty = sorted(set(empty) - set(classes))
+    empty = [name for name in _subfolders(folder) if name not in set(classes)]
     if empty:
         logging.warning("Without an image, so no class of %s: %s.", shown(folder), _listed(empty))
     return Found(tuple(paths), None if beside else tuple(classes), tuple(left_out))
+
+
+def _files_below(folder):
+    """Paths of files, at any depth: a folder's own, then its subfolders', each in order of names.
+
+    Pipes, sockets and devices are no files, and are named. A link to nothing is one.
+    """
+    waiting, visited = [folder], set()
+    while waiting:
+        directory = waiting.pop()
+        real = os.path.realpath(directory)
+        if real in visited:  # A link back up.
+            continue
+        visited.add(real)
+        found = {"folder": [], "file": [], "other": []}
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if not is_left_by_system(entry.name):
+                    found[_kind(entry)].append(entry.path)
+        for path in found["other"]:
+            logging.warning("Not read: %s, a pipe, socket or device.", shown(path))
+        yield from sorted(found["file"])
+        waiting += sorted(found["folder"], reverse=True)
+
+
+def _kind(entry):
+    """Whether an entry of a folder is a "folder", a "file" or something "other"."""
+    try:
+        # Most systems know this without another look at the disk.
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+        entry.stat()
+        return "other"
+    except OSError:
+        return "file"  # A link to nothing or to itself, which cannot be read.
+
+
+def _image_test():
+    """Returns a function that tells whether a path is that of an image."""
+    suffixes, looks, images = image_suffixes(), collections.Counter(), set()
+
+    def is_image(path):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in suffixes:
+            return True
+        hopeless = looks[suffix] >= LOOKED_INTO and suffix not in images
+        if suffix in NO_IMAGES or hopeless:
+            return False
+        looks[suffix] += 1
+        try:
+            with open(path, "rb") as file:
+                kind = kind_of_beginning(file.read(BEGINNING))
+        except OSError:
+            return False
+        if kind == "HEIC":
+            logging.log_first_n(
+                logging.WARNING,
+                "Not read: %s, a HEIC file. pip install pillow-heif lets it be read.",
+                1,
+                shown(path),
+            )
+        if kind == "image":
+            images.add(suffix)
+        return kind == "image"
+
+    return is_image
 
 
 def _refuse_mixed_splits(folder, tops):

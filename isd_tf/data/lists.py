@@ -35,13 +35,15 @@ def read_list(image_list: str) -> tuple[list[tuple[str, str | None]], tuple[str,
     else:
         entries, class_names = _read_plain(image_list, lines)
     if not entries:
-        raise ValueError(f"{image_list} lists no image. Expected one path a line.")
+        raise ValueError(f"{shown(image_list)} lists no image. Expected one path a line.")
     return entries, class_names
 
 
 def _read_lines(image_list):
     if not os.path.isfile(image_list):
-        raise FileNotFoundError(f"The list of images does not exist. Received: {image_list}.")
+        raise FileNotFoundError(
+            f"The list of images does not exist. Received: {shown(image_list)}."
+        )
     with open(image_list, "rb") as file:
         content = file.read()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
@@ -49,15 +51,15 @@ def _read_lines(image_list):
         text = content.decode(encoding, "surrogateescape" if "utf-8" in encoding else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{image_list} begins as {encoding.upper()} but is not: {error.reason} at byte "
+            f"{shown(image_list)} begins as {encoding.upper()} but is not: {error.reason} at byte "
             f"{error.start}. Save it as UTF-8."
         ) from None
     lines = re.split("\r\n|\n|\r", text)
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise ValueError(
-                f"Line {number} of {image_list} holds zero bytes, as UTF-16 without its mark does. "
-                "Save it as UTF-8."
+                f"Line {number} of {shown(image_list)} holds zero bytes, as UTF-16 without its "
+                "mark does. Save it as UTF-8."
             )
     return lines
 
@@ -77,8 +79,8 @@ def _read_unbalanced(image_list, lines, heads):
         name = path.split("/")[-2] if "/" in path else None
         if name not in class_names:
             raise ValueError(
-                f"{image_list} lists an image outside the classes that it names. Received in line "
-                f"{number}: {shown(path)}. Expected /train/<class>/<file> with one of "
+                f"{shown(image_list)} lists an image outside the classes that it names. Received "
+                f"in line {number}: {shown(path)}. Expected /train/<class>/<file> with one of "
                 f"{len(class_names)} classes."
             )
         entries.append((path, name))
@@ -95,7 +97,7 @@ def _read_plain(image_list, lines):
 
         def refuse(expected, number=number, line=line):
             raise ValueError(
-                f"{expected} Received in line {number} of {image_list}: {shown(line)!r}."
+                f"{expected} Received in line {number} of {shown(image_list)}: {shown(line)!r}."
             )
 
         if len(cells) > 2:

@@ -1,8 +1,7 @@
 """Encoded images to pixels: what every file means, wherever it is read.
 
 Pillow's first frame in RGB, upright by its EXIF orientation, what is transparent laid on white, of
-16 bits the upper 8. `open_image` is how files are read here; `decode` does the same inside a
-TensorFlow graph, for a tf.data service's workers and for serving, which have no Python.
+16 bits the upper 8. `graph_decoder` does the same inside a TensorFlow graph.
 """
 
 import functools
@@ -11,10 +10,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 from PIL import ExifTags, Image
 
@@ -23,16 +20,10 @@ MAX_PIXELS = 178_956_970
 WHITE = (255, 255, 255)
 # What Pillow opens that is no picture, or that it hands to other programs.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# What `decode` reads, and how names of such files end.
-GRAPH_FORMATS = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
-    "PNG": {".png"},
-    "WebP": {".webp"},
-    "GIF": {".gif"},
-    "BMP": {".bmp"},
-}
 # A 16-bit file whose values all stay below 2**12 holds 12 bits, as many cameras give.
 TWELVE_BITS = 4096
+# That are handed over at a time.
+PART_PIXELS = 2**22
 
 # `open_image` has a limit of its own, which a run can set; Pillow's would warn at half of it.
 Image.MAX_IMAGE_PIXELS = None
@@ -75,6 +66,17 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
+def kind_of_beginning(begin: bytes) -> str:
+    """Whether a file that begins so is an "image" that is read, a "HEIC" that is not, or neither.
+
+    Args:
+        begin: the first BEGINNING bytes.
+    """
+    if _is_heif(begin):
+        return "image" if _register_heif() else "HEIC"
+    return "image" if SURE_SIGNATURES.match(begin) else ""
+
+
 def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image of any format that Pillow opens, whatever its name ends in.
 
@@ -103,6 +105,7 @@ def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> 
         if image.mode != "RGB" or raw_mode or "transparency" in image.info:
             rgb = _to_rgb(image, raw_mode, encoded, name)
         transposition = TRANSPOSITIONS.get(_orientation(image))
+        del image  # What is large should not be there three times.
         return rgb if transposition is None else rgb.transpose(transposition)
     except UnreadableImage:
         raise
@@ -110,7 +113,20 @@ def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> 
         raise UnreadableImage(_reason(encoded, error)) from None
 
 
-# ------------------------------------------------------------------------------------ by Pillow
+def as_array(image: Image.Image) -> np.ndarray:
+    """The pixels of `open_image`'s result, uint8 [H, W, 3].
+
+    In parts, of which Pillow holds each twice meanwhile, and would so hold a large image.
+    """
+    rows = max(1, PART_PIXELS // image.width)
+    if rows >= image.height:
+        return np.asarray(image)
+    pixels = np.empty([image.height, image.width, 3], np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = image.crop((0, top, image.width, bottom))
+    return pixels
+
 
 # The values of EXIF's tag, and what turns the stored picture upright.
 TRANSPOSITIONS = {
@@ -124,13 +140,22 @@ TRANSPOSITIONS = {
 }
 # Entries of Pillow's `info` that can hold the orientation; of TIFF Pillow itself sees to it.
 ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+# How much of a file `kind_of_beginning` asks for.
+BEGINNING = 32
 JPEG_BEGIN, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
-XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 # ISO 14496-12 files, by the brand that follows "ftyp".
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # How images begin; what does not go on as it should is cut off or damaged.
 SIGNATURES = (JPEG_BEGIN, PNG_BEGIN, b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# The beginnings of images that no other kind of file shares.
+SURE_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|8BPS\0\x01|qoif"
+    # JPEG 2000 in its box and without; AVIF; PBM, PGM, PPM; BMP by its reserved and head's bytes.
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|....ftypavi[fs]|P[1-6]\s+[0-9#]"
+    rb"|BM....\0\0\0\0...\0[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    re.DOTALL,
+)
 
 
 @functools.cache
@@ -290,401 +315,3 @@ def _beginning(encoded):
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in begin):
         return repr(text) + ("..." if len(encoded) > len(begin) else "")
     return "the bytes " + begin[:8].hex(" ")
-
-
-# ----------------------------------------------------------------------------------- in a graph
-
-
-@tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it takes seconds.
-def decode(
-    encoded: tf.Tensor,
-    max_pixels: int = MAX_PIXELS,
-    formats: tuple[str, ...] = tuple(GRAPH_FORMATS),
-) -> tf.Tensor:
-    """Decodes JPEG, PNG, WebP, GIF or BMP in a graph, to the pixels that `open_image` gives.
-
-    It fails, by an error of TensorFlow, for what is broken or too large, for other formats, and
-    for forms that TensorFlow would read otherwise: CMYK, palettes in BMP, a first frame of a GIF
-    that is smaller than the picture, orientation that is stored in compressed text.
-
-    Args:
-        encoded: a string scalar.
-        max_pixels: width times height that is still decoded.
-        formats: those that are expected: it fails for others too. TensorFlow takes half a second
-            for each, whenever a pipeline starts.
-
-    Returns:
-        uint8 [H, W, 3].
-    """
-    return _decoder(max_pixels, formats)(encoded)
-
-
-def graph_formats(paths: Iterable[str]) -> tuple[str, ...]:
-    """Which of `decode`'s formats files should have by their names."""
-    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
-    return tuple(name for name, own in GRAPH_FORMATS.items() if suffixes & own)
-
-
-@functools.cache
-def _decoder(max_pixels, formats):
-    """`decode` as a function that is traced once: there is much of it, and many pipelines."""
-
-    def decode_once(encoded):
-        return _decode(encoded, max_pixels, formats)
-
-    signature = [tf.TensorSpec([], tf.string)]
-    return tf.function(decode_once, input_signature=signature, autograph=False)
-
-
-def _decode(encoded, max_pixels, formats):
-    def starts(prefix, at=0):
-        return _cut(encoded, at, len(prefix)) == prefix
-
-    def other():
-        fail = tf.debugging.Assert(False, [f"Expected one of {', '.join(formats)}."])
-        with tf.control_dependencies([fail]):
-            return tf.zeros([0, 0, 3], tf.uint8), tf.constant(1)
-
-    kinds = {
-        "JPEG": (lambda: starts(JPEG_BEGIN), lambda: _decode_jpeg(encoded, max_pixels)),
-        "PNG": (lambda: starts(PNG_BEGIN), lambda: _decode_png(encoded, max_pixels)),
-        "WebP": (lambda: starts(b"WEBP", 8), lambda: _decode_webp(encoded, max_pixels)),
-        "GIF": (lambda: starts(b"GIF8"), lambda: _decode_gif(encoded, max_pixels)),
-        "BMP": (lambda: starts(b"BM"), lambda: _decode_bmp(encoded, max_pixels)),
-    }
-    empty = tf.strings.length(encoded) < 16
-    result = other
-    for condition, branch in [(empty, other), *(kinds[name] for name in formats)][::-1]:
-        result = functools.partial(_choose, condition, branch, result)
-    image, orientation = result()
-    upright = tf.switch_case(
-        tf.where((orientation >= 2) & (orientation <= 8), orientation - 1, 0),
-        [
-            lambda: image,
-            lambda: image[:, ::-1],
-            lambda: image[::-1, ::-1],
-            lambda: image[::-1],
-            lambda: _transposed(image),
-            lambda: _transposed(image[::-1]),
-            lambda: _transposed(image[::-1, ::-1]),
-            lambda: _transposed(image[:, ::-1]),
-        ],
-    )
-    return tf.ensure_shape(upright, [None, None, 3])
-
-
-def _transposed(image):
-    # Of uint8, oneDNN complains that it cannot transpose it, in every run's output. Without the
-    # factors TensorFlow would do it before the cast all the same.
-    halves = tf.transpose(tf.cast(image, tf.float32) * 0.5, [1, 0, 2])
-    return tf.cast(halves * 2.0, tf.uint8)
-
-
-def _choose(condition, branch, otherwise):
-    return tf.cond(condition() if callable(condition) else condition, branch, otherwise)
-
-
-def _cut(encoded, at, length):
-    """`length` bytes from a place on, fewer where the string ends before."""
-    # Beyond the end TensorFlow's error would quote the whole file.
-    at = tf.minimum(tf.cast(at, tf.int64), tf.cast(tf.strings.length(encoded), tf.int64))
-    return tf.strings.substr(encoded, at, tf.cast(length, tf.int64))
-
-
-def _number(encoded, at, size, big_endian=False):
-    """The unsigned number of `size` bytes, int64, that stands at a place."""
-    values = tf.cast(tf.io.decode_raw(_cut(encoded, at, size), tf.uint8), tf.int64)
-    weights = 256 ** np.arange(size, dtype=np.int64)
-    # A file that ends too early has fewer bytes: an error.
-    values = tf.ensure_shape(values, [size])
-    return tf.reduce_sum(values * (weights[::-1] if big_endian else weights))
-
-
-def _require(condition, message, *values):
-    return tf.control_dependencies([tf.debugging.Assert(condition, [message, *values])])
-
-
-def _require_size(width, height, max_pixels):
-    return _require(
-        tf.cast(width, tf.int64) * tf.cast(height, tf.int64) <= max_pixels,
-        f"More pixels than --max_pixels={max_pixels}:",
-        width,
-        height,
-    )
-
-
-def _decode_jpeg(encoded, max_pixels):
-    # Most have nothing in their head that could turn them. To see that takes a tenth of the time of
-    # decoding, the walk through the head's segments as long as decoding.
-    return tf.cond(
-        tf.strings.regex_full_match(encoded, rb"\C*(Exif|http|Adobe)\C*"),
-        lambda: _decode_jpeg_by_segments(encoded, max_pixels),
-        lambda: (_decode_plain_jpeg(encoded, max_pixels), tf.constant(1)),
-    )
-
-
-def _decode_plain_jpeg(encoded, max_pixels):
-    height, width, components = tf.unstack(tf.cast(tf.io.extract_jpeg_shape(encoded), tf.int64))
-    return _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
-
-
-def _decode_grey_or_rgb(encoded, height, width, components, max_pixels):
-    grey_or_colour = _require(
-        (components == 1) | (components == 3),
-        "Expected a grey or RGB JPEG. Received channels:",
-        components,
-    )
-    with grey_or_colour, _require_size(width, height, max_pixels):
-        # Pillow's inverse transform; TensorFlow's default is off by 1 to 2 of 255 levels.
-        return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
-
-
-def _decode_jpeg_by_segments(encoded, max_pixels):
-    def segment(at, exif, xmp, height, width, components):
-        marker = _number(encoded, at, 2, big_endian=True)
-        with _require(marker >= 0xFF00, "Expected a marker in the JPEG's head."):
-            length = _number(encoded, at + 2, 2, big_endian=True)
-        content = tf.cond(
-            marker == 0xFFE1, lambda: _cut(encoded, at + 4, length - 2), lambda: tf.constant(b"")
-        )
-        in_exif = _cut(content, 0, 6) == b"Exif\0\0"
-        exif = tf.where(in_exif, exif + _cut(content, 6, length), exif)
-        xmp = tf.where(_cut(content, 0, len(XMP_BEGIN)) == XMP_BEGIN, content, xmp)
-        frame = (marker >= 0xFFC0) & (marker <= 0xFFCF)
-        frame &= (marker != 0xFFC4) & (marker != 0xFFC8) & (marker != 0xFFCC)
-        height, width, components = tf.cond(
-            frame,
-            lambda: (
-                _number(encoded, at + 5, 2, big_endian=True),
-                _number(encoded, at + 7, 2, big_endian=True),
-                _number(encoded, at + 9, 1),
-            ),
-            lambda: (height, width, components),
-        )
-        # Bytes of 0xFF may fill the space before a marker. The scan's data end the head.
-        step = tf.where(marker == 0xFFFF, tf.constant(1, tf.int64), length + 2)
-        at = tf.where(marker == 0xFFDA, -at, at + step)
-        return at, exif, xmp, height, width, components
-
-    zero = tf.constant(0, tf.int64)
-    _, exif, xmp, height, width, components = tf.while_loop(
-        lambda at, *rest: at > 0,
-        segment,
-        (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
-    )
-    image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
-    return image, _orientation_of(exif, xmp)
-
-
-def _decode_png(encoded, max_pixels):
-    width, height = (_number(encoded, at, 4, big_endian=True) for at in (16, 20))
-    colour = _number(encoded, 25, 1)
-
-    def chunk(at, exif, xmp, alpha):
-        length = _number(encoded, at, 4, big_endian=True)
-        kind = _cut(encoded, at + 4, 4)
-        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
-        exif = tf.cond(kind == b"eXIf", content, lambda: exif)
-        keyword = _cut(encoded, at + 8, 22)
-        profile = (kind == b"zTXt") | (kind == b"tEXt") | (kind == b"iTXt")
-        profile &= keyword == b"Raw profile type exif\0"
-        is_xmp = (kind == b"iTXt") & (_cut(keyword, 0, 18) == b"XML:com.adobe.xmp\0")
-        compressed = is_xmp & (_cut(keyword, 18, 1) != b"\0")
-        with _require(~(profile | compressed), "Cannot read orientation from compressed text."):
-            xmp = tf.cond(is_xmp, content, lambda: xmp)
-        at = tf.where(kind == b"IEND", -at, at + length + 12)
-        return at, exif, xmp, alpha | (kind == b"tRNS")
-
-    _, exif, xmp, alpha = tf.while_loop(
-        lambda at, *rest: at > 0,
-        chunk,
-        (tf.constant(8, tf.int64), tf.constant(b""), tf.constant(b""), colour >= 4),
-    )
-    with _require_size(width, height, max_pixels):
-        # Where a palette of few bits has no alpha, TensorFlow 2.21 would make up a wrong one.
-        image = tf.cond(
-            alpha,
-            lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
-            lambda: tf.io.decode_png(encoded, channels=3),
-        )
-    return image, _orientation_of(exif, xmp)
-
-
-def _decode_webp(encoded, max_pixels):
-    kind = _cut(encoded, 12, 4)
-
-    def extended():
-        flags = _number(encoded, 20, 1)
-        return _number(encoded, 24, 3) + 1, _number(encoded, 27, 3) + 1, flags // 16 % 2
-
-    def lossless():
-        bits = _number(encoded, 21, 4)
-        return bits % 2**14 + 1, bits // 2**14 % 2**14 + 1, bits // 2**28 % 2
-
-    def lossy():
-        return _number(encoded, 26, 2) % 2**14, _number(encoded, 28, 2) % 2**14, np.int64(0)
-
-    width, height, alpha = tf.cond(
-        kind == b"VP8X", extended, lambda: tf.cond(kind == b"VP8L", lossless, lossy)
-    )
-
-    def with_channels(channels):
-        # Never 0, the file's own: TensorFlow 2.21 then writes beyond its buffer where it moves.
-        image = tf.io.decode_image(encoded, channels, expand_animations=False)
-        return tf.ensure_shape(image, [None, None, channels])
-
-    with _require_size(width, height, max_pixels):
-        image = tf.cond(alpha == 1, lambda: _on_white(with_channels(4)), lambda: with_channels(3))
-    end = tf.cast(tf.strings.length(encoded), tf.int64) - 8
-
-    def chunk(at, exif, xmp):
-        kind = _cut(encoded, at, 4)
-        length = _number(encoded, at + 4, 4)
-        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
-        exif = tf.cond(kind == b"EXIF", content, lambda: exif)
-        xmp = tf.cond(kind == b"XMP ", content, lambda: xmp)
-        return at + 8 + length + length % 2, exif, xmp
-
-    _, exif, xmp = tf.while_loop(
-        lambda at, *rest: at <= end,
-        chunk,
-        (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
-    )
-    return image, _orientation_of(exif, xmp)
-
-
-def _decode_gif(encoded, max_pixels):
-    width, height = (_number(encoded, at, 2) for at in (6, 8))
-
-    def palette_size(flags):
-        return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(np.int64(2), flags % 8), 0)
-
-    def skip(at):
-        """Past the blocks, each led by its length, that begin at a place."""
-        body = lambda at: [at + _number(encoded, at, 1) + 1]  # noqa: E731
-        (at,) = tf.while_loop(lambda at: _number(encoded, at, 1) > 0, body, [at])
-        return at + 1
-
-    def extension(at, control):
-        is_control = _number(encoded, at + 1, 1) == 0xF9
-        return skip(at + 2), tf.where(is_control, at, control)
-
-    # Extensions, of which one may tell the transparent entry, precede the first frame.
-    at, control = tf.while_loop(
-        lambda at, control: _number(encoded, at, 1) == 0x21,
-        extension,
-        (13 + palette_size(_number(encoded, 10, 1)), tf.constant(0, tf.int64)),
-    )
-    place = [_number(encoded, at + 1 + 2 * i, 2) for i in range(4)]
-    whole = (place[0] == 0) & (place[1] == 0) & (place[2] == width) & (place[3] == height)
-    whole &= _number(encoded, at, 1) == 0x2C
-    frame_flags = _number(encoded, at + 9, 1)
-    palette = tf.where(frame_flags >= 128, at + 10, tf.constant(13, tf.int64))
-    flags = tf.where(frame_flags >= 128, frame_flags, _number(encoded, 10, 1))
-
-    def with_white_entry():
-        """TensorFlow makes transparent pixels black: here none is, and their entry is white."""
-        control_flags = _number(encoded, control + 3, 1)
-        entry = palette + 3 * _number(encoded, control + 6, 1)
-        opaque = _put(encoded, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
-        in_palette = entry < palette + palette_size(flags)
-        return tf.cond(in_palette, lambda: _put(opaque, entry, bytes(WHITE)), lambda: opaque)
-
-    transparent = tf.cond(
-        control > 0, lambda: _number(encoded, control + 3, 1) % 2 == 1, lambda: tf.constant(False)
-    )
-    covered = _require(whole, "Expected a GIF whose first frame covers it.")
-    with covered, _require_size(width, height, max_pixels):
-        encoded = tf.cond(transparent, with_white_entry, lambda: encoded)
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
-
-
-ALL_BYTES = [bytes([value]) for value in range(256)]
-
-
-def _put(encoded, at, new):
-    """The string with some bytes replaced, from a place on."""
-    length = tf.cast(tf.strings.length(encoded), tf.int64)
-    rest = at + tf.cast(tf.strings.length(new), tf.int64)
-    return tf.strings.join([_cut(encoded, 0, at), new, _cut(encoded, rest, length)])
-
-
-def _decode_bmp(encoded, max_pixels):
-    head, bits, compression = (_number(encoded, at, n) for at, n in ((14, 4), (28, 2), (30, 4)))
-    width, height = (tf.bitcast(_number32(encoded, at), tf.int32) for at in (18, 22))
-    plain = (head >= 40) & (compression == 0) & ((bits == 24) | (bits == 32))
-    with (
-        _require(plain, "Expected a BMP of 24 or 32 bits, uncompressed. Received bits:", bits),
-        _require_size(width, tf.abs(height), max_pixels),
-    ):
-        image = tf.io.decode_bmp(encoded, channels=0)[..., :3]
-    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
-
-
-def _number32(encoded, at):
-    return tf.cast(_number(encoded, at, 4), tf.uint32)
-
-
-def _on_white(image):
-    """Lays uint8 [H, W, 4] on white, rounded as Pillow does; returns uint8 [H, W, 3]."""
-
-    def lay():
-        values = tf.cast(image, tf.int32)
-        alpha = values[..., 3:]
-        # No 255 * 255 + 127 is half way between two levels: 255 is odd.
-        return tf.cast((values[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
-
-    opaque = tf.reduce_min(image[..., 3]) == 255
-    return tf.cond(opaque, lambda: image[..., :3], lay)
-
-
-def _orientation_of(exif, xmp):
-    """The orientation by EXIF data (empty: none) or, as Pillow has it, else by XMP; int32."""
-    value = tf.cond(
-        tf.strings.length(exif) > 0, lambda: _orientation_in_exif(exif), lambda: tf.constant(0)
-    )
-
-    def in_xmp():
-        digit = tf.strings.regex_replace(
-            xmp, r'(?s)^\C*?tiff:Orientation(?:="|>)([0-9])\C*$', r"\1"
-        )
-        found = tf.strings.length(digit) == 1
-        return tf.strings.to_number(tf.where(found, digit, "1"), tf.int32)
-
-    return tf.cond((value == 0) & (tf.strings.length(xmp) > 0), in_xmp, lambda: value)
-
-
-def _orientation_in_exif(exif):
-    """Of a TIFF's first directory the entry 0x0112; 0 where it is missing or unreadable."""
-    exif = tf.strings.regex_replace(exif, r"^(?:Exif\x00\x00)+", "")
-    data = tf.cast(tf.io.decode_raw(exif, tf.uint8), tf.int64)
-    mark = _cut(exif, 0, 4)
-    little = mark == b"II*\0"
-
-    def numbers(values):  # [..., n] bytes to [...]
-        weights = 256 ** np.arange(values.shape[-1], dtype=np.int64)
-        return tf.reduce_sum(values * tf.where(little, weights, weights[::-1]), -1)
-
-    def first_directory():
-        begin = numbers(tf.ensure_shape(data[4:8], [4])) + 2
-        space = (tf.size(data, tf.int64) - begin) // 12
-
-        def read():
-            count = numbers(tf.ensure_shape(data[begin - 2 : begin], [2]))
-            count = tf.minimum(count, space)
-            entries = tf.reshape(data[begin : begin + 12 * count], [-1, 12])
-            kinds = numbers(entries[:, 2:4])
-            single = numbers(entries[:, 4:8]) == 1
-            wanted = (numbers(entries[:, :2]) == ExifTags.Base.Orientation.value) & single
-            # Shorts begin the field of four bytes, longs fill it; Pillow takes no other kind.
-            values = tf.where(kinds == 3, numbers(entries[:, 8:10]), numbers(entries[:, 8:12]))
-            wanted &= (kinds == 3) | (kinds == 4)
-            last = tf.boolean_mask(values, wanted)[-1:]
-            last = tf.where((last >= 1) & (last <= 8), last, 1)
-            return tf.cast(tf.reduce_sum(last), tf.int32)
-
-        return tf.cond(space > 0, read, lambda: tf.constant(0))
-
-    valid = (little | (mark == b"MM\0*")) & (tf.strings.length(exif) >= 8)
-    return tf.cond(valid, first_directory, lambda: tf.constant(0))

@@ -184,22 +184,24 @@ def unbalance_by_list(train: Dataset, test: Dataset | None, image_list: str) -> 
     entries, names = lists.read_list(image_list)
     if not isinstance(train, FileDataset) or train.labels is None:
         raise ValueError(
-            f"{image_list} names files by class. Received: {train.name}, which is no folder of "
-            "classes. Use --dataset=folder --data_dir=PATH."
+            f"{shown(image_list)} names files by class. Received: {train.name}, which is no folder "
+            "of classes. Use --dataset=folder --data_dir=PATH."
         )
     unknown = [name for name in names if name not in train.class_names]
     if unknown or len(names) <= LISTED_LARGE_CLASSES:
+        such_as = (
+            f", {len(unknown)} without a folder, such as {shown(unknown[0])}" if unknown else ""
+        )
         raise ValueError(
-            f"{image_list} must name {LISTED_LARGE_CLASSES} large classes and then rare ones, all "
-            f"with a folder in {train.name}. Received: {len(names)} classes"
-            + (f", {len(unknown)} without a folder, such as {unknown[0]}." if unknown else ".")
+            f"{shown(image_list)} must name {LISTED_LARGE_CLASSES} large classes and then rare "
+            f"ones, all with a folder in {train.name}. Received: {len(names)} classes{such_as}."
         )
     places = {tuple(path.split(os.sep)[-2:]): row for row, path in enumerate(train.paths)}
     missing = [path for path, _ in entries if tuple(path.split("/")[-2:]) not in places]
     if missing:
         raise ValueError(
-            f"{image_list} lists {len(missing)} images, of {len(entries)}, that are not in "
-            f"{train.name}, for example {missing[0]}. Correct the list or --data_dir."
+            f"{shown(image_list)} lists {len(missing)} images, of {len(entries)}, that are not in "
+            f"{train.name}, for example {shown(missing[0])}. Correct the list or --data_dir."
         )
     rows = np.array([places[tuple(path.split("/")[-2:])] for path, _ in entries])
     classes = np.array([train.class_names.index(name) for name in names])

@@ -162,8 +162,12 @@ class StudentTeacher(keras.Model):
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = distribution.spread_overflow(gradients)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        # The optimizer's own count leaves out steps that overflowed in float16.
         self.step.assign_add(1)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            # By itself it leaves out steps that overflowed in float16, and the learning rate, which
+            # follows its count, would lag behind the epochs.
+            iterations = self.optimizer.iterations
+            iterations.assign(tf.cast(self.step, iterations.dtype))
 
     def update_teacher(self) -> None:
         """Moves the teacher's weights towards the student's.

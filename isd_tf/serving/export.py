@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from isd_tf.data.pixels import GRAPH_FORMATS, MAX_PIXELS, decode
+from isd_tf.data.graph_decoder import GRAPH_FORMATS, decode
+from isd_tf.data.pixels import MAX_PIXELS
 from isd_tf.views import augment, crops, photometric
 
 MODEL_CARD = "model_card.json"

@@ -175,9 +175,9 @@ def gather_from_workers(strategy: tf.distribute.Strategy, values) -> np.ndarray:
 
 def gather_messages(strategy: tf.distribute.Strategy, message: str) -> list[str]:
     """Returns every worker's message, cut off at MESSAGE_BYTES."""
-    encoded = message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+    encoded = message.encode(errors="surrogateescape")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     rows = gather_from_workers(strategy, np.frombuffer(encoded, np.uint8))
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
 
 
 @contextlib.contextmanager
@@ -185,7 +185,8 @@ def noticing_lost_peers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Turns what TensorFlow raises when another worker is gone into PeersError.
 
     TensorFlow notices after about 10 seconds that a worker's process has ended or is stopped, or
-    that its machine is gone; not that its Python hangs.
+    that its machine is gone; not that its Python hangs. A worker hears of it where it speaks with
+    the others next: the chief, which evaluates alone, when it is done.
     """
     try:
         yield

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -35,7 +36,7 @@ class EpochMeans(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Shows how far an epoch is, and all its means at its end.
+    """Shows how far an epoch is, its mean loss so far, and all its means at its end.
 
     In a terminal a bar that fits into 80 columns, elsewhere a line every so often. (Keras' own bar
     shows every value, wraps, and then fills the screen.)
@@ -52,23 +53,27 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._last = time.monotonic()
-        self._bar = None
+        self._bar, self._losses, self._executions = None, 0.0, 0
         if sys.stdout.isatty():
+            # Left to Keras' bar, the mean would be the last step's loss at the end.
+            shown_as_given = ["loss", "images/s"]
             self._bar = keras.utils.Progbar(
-                self.params["steps"], width=10, stateful_metrics=["images/s"]
+                self.params["steps"], width=10, stateful_metrics=shown_as_given
             )
 
     def on_train_batch_end(self, batch, logs=None):
         step, steps = batch + 1, self.params["steps"]
         rate = logs.get("images_per_second", 0.0)
+        self._losses, self._executions = self._losses + logs["loss"], self._executions + 1
+        loss = self._losses / self._executions
         if self._bar:
-            values = [("loss", logs["loss"]), ("images/s", rate)]
+            values = [("loss", loss), ("images/s", rate)]
             self._bar.update(step, values, finalize=step == steps)
         elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
             waiting = logs.get("waiting_share", 0.0)
             print(
-                f"  step {step} of {steps}: loss {logs['loss']:.4f}, {rate:.0f} images/s, "
+                f"  step {step} of {steps}: loss {loss:.4f}, {rate:.0f} images/s, "
                 f"{waiting:.0%} of the time waiting for data",
                 flush=True,
             )
@@ -76,7 +81,9 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
         line = f"Epoch {epoch + 1}/{self.epochs}: {values}"
-        print(textwrap.fill(line, 98, subsequent_indent="  "), flush=True)
+        # One column less: some terminals begin a new line behind their last one.
+        columns = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 98
+        print(textwrap.fill(line, columns, subsequent_indent="  "), flush=True)
 
 
 class Throughput(keras.callbacks.Callback):

@@ -7,6 +7,7 @@ threads, or on what else is in a batch. It differs from Pillow's by one level at
 """
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -20,6 +21,8 @@ ASPECT = (3 / 4, 4 / 3)
 WEIGHT_BITS = 15
 # Neighbouring outputs share most of their inputs: so many at a time are one matrix product.
 BLOCK = 16
+# Of a large image so many pixels at a time become floats, which take four times its memory.
+PART_PIXELS = 2**21
 
 
 def random_resized_crop(
@@ -100,10 +103,6 @@ def resize_boxes(images: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
     Returns:
         uint8 [B, S, S, 3].
     """
-    if images.shape[0] == 1:  # Then no more than the box is worked on.
-        top, left, height, width = tf.unstack(boxes[0])
-        images = images[:, top : top + height, left : left + width]
-        boxes = tf.stack([[0, 0, height, width]])
     starts, lengths = boxes[:, :2], boxes[:, 2:]
     steps = tf.cast(lengths, tf.float32) / size
     return _resample(images, tf.cast(starts, tf.float32), steps, starts, starts + lengths, size)
@@ -152,24 +151,78 @@ def _resample(images, starts, steps, firsts, ends, size):
     Output i of an axis is centred at starts + (i + 1/2) * steps of the input, and made of its
     pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
     """
-    count = tf.shape(images)[0]
-    levels = tf.cast(images, tf.float32)
-    for axis in (1, 0):  # Across first, as Pillow does with few exceptions.
-        # This axis first. The scale belongs to the weights. Here it keeps TensorFlow from
-        # transposing before the cast, as uint8, of which oneDNN complains in every run's output.
-        lines = tf.transpose(levels * 2**-WEIGHT_BITS, [0, 2, 1, 3])
-        length, other = tf.shape(lines)[1], tf.shape(lines)[2]
-        window, weights = _blocks(
-            *(values[:, axis] for values in (starts, steps, firsts, ends)), size
-        )
-        _, blocks, _, taps = tf.unstack(tf.shape(weights))
-        window = tf.broadcast_to(window, [count, blocks * taps])
-        weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
-        lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
-        lines = tf.reshape(lines, [count * blocks, taps, other * 3])
-        sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
-        levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
-    return tf.ensure_shape(tf.cast(levels, tf.uint8), [None, size, size, 3])
+    single = images.shape[0] == 1
+    if single:  # Then no more than the box is worked on, a part of its rows at a time.
+        (top, left), (bottom, right) = tf.unstack(firsts[0]), tf.unstack(ends[0])
+        starts -= tf.cast(firsts, tf.float32)
+        firsts, ends = tf.zeros_like(firsts), ends - firsts
+
+    def resize(axis, images):
+        of_axis = (values[:, axis] for values in (starts, steps, firsts, ends))
+        return _resize_across(images, *_blocks(*of_axis, size), size)
+
+    # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
+    if single:
+        across = in_parts(
+            lambda begin, end: resize(1, images[:, top + begin : top + end, left:right])[0],
+            bottom - top,
+            right - left,
+            result=tf.zeros([size, 0, 3], tf.uint8),
+            joined=1,
+        )[tf.newaxis]
+    else:
+        across = resize(1, images)
+    return tf.ensure_shape(resize(0, across), [None, size, size, 3])
+
+
+def _resize_across(images, window, weights, size):
+    """Resizes [B, H, W, 3] along W, by `_blocks` of it, to uint8 [B, size, H, 3]."""
+    count, other, length = tf.unstack(tf.shape(images)[:3])
+    # The scale belongs to the weights. Here it keeps TensorFlow from transposing before the cast,
+    # as uint8, of which oneDNN complains in every run's output.
+    lines = tf.transpose(tf.cast(images, tf.float32) * 2**-WEIGHT_BITS, [0, 2, 1, 3])
+    _, blocks, _, taps = tf.unstack(tf.shape(weights))
+    window = tf.broadcast_to(window, [count, blocks * taps])
+    weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
+    lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
+    lines = tf.reshape(lines, [count * blocks, taps, other * 3])
+    sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
+    levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
+    return tf.cast(levels, tf.uint8)
+
+
+def in_parts(
+    function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    lines: tf.Tensor,
+    line_pixels: tf.Tensor,
+    result: tf.Tensor,
+    joined: int,
+) -> tf.Tensor:
+    """Makes an image of parts, one after the other, so that what each takes is soon free again.
+
+    Args:
+        function: where a part begins and ends, in lines, to uint8 of rank 3.
+        lines: of the image, rows or columns.
+        line_pixels: of each line. A part has about PART_PIXELS.
+        result: what no part at all would give, of length 0 along `joined`.
+        joined: axis along which the parts are put together.
+    """
+    step = tf.maximum(PART_PIXELS // tf.maximum(line_pixels, 1), 1)
+
+    def join(begin, result):
+        end = tf.minimum(begin + step, lines)
+        return end, tf.concat([result, function(begin, end)], joined)
+
+    shape = result.shape.as_list()
+    shape[joined] = None
+    _, result = tf.while_loop(
+        lambda begin, result: begin < lines,
+        join,
+        (tf.constant(0), result),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape(shape)),
+        parallel_iterations=1,
+    )
+    return result
 
 
 def _blocks(start, step, first, end, size):

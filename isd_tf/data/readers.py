@@ -1,0 +1,384 @@
+"""Readers: what a batch needs of arrays, files and records, image by image, in which order.
+
+Each kind of dataset has a reader, which decodes its images and cuts the crops out of them, in the
+order of the training or in the dataset's own. `batches` makes batches of that.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from isd_tf.data.datasets import ArrayDataset, FileDataset, RecordDataset
+from isd_tf.data.decoding import UNREADABLE_IN_SERVICE, Unreadable, open_first_readable
+from isd_tf.data.graph_decoder import decode, graph_formats
+from isd_tf.data.pixels import read_file
+from isd_tf.views import crops
+
+# Shards read side by side, and undecoded records among which a stream is shuffled.
+STREAM_SHARDS = 16
+STREAM_BUFFER = 8192
+# An unreadable record of a stream gives way to the readable one among so many that follow.
+STREAM_CANDIDATES = 4
+# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
+TFDS_FORMATS = ("JPEG", "PNG")
+# Images that are decoded one after the other, as one element of a dataset.
+GROUP = 16
+
+
+# --------------------------------------------------------------------- what is seen of an image
+
+
+class RandomCrops(NamedTuple):
+    """One random crop for each view, drawn from (seed of the view, place)."""
+
+    size: int
+    areas: tuple[tuple[float, float], ...]
+    view_seeds: tuple[int, ...]
+
+    @property
+    def views(self):
+        return len(self.view_seeds)
+
+    def seeds(self, places):
+        """For each view int64 [n, 2] of places [n]."""
+        # Places count images over the whole training, so that no two views share a seed.
+        return [tf.stack([tf.zeros_like(places) + seed, places], 1) for seed in self.view_seeds]
+
+    def draws(self, places):  # [n]
+        return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
+
+    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
+        return tuple(
+            crops.resize_boxes(images, crops.crop_boxes(of_view, images, area), self.size)
+            for of_view, area in zip(tf.unstack(draws, axis=1), self.areas, strict=True)
+        )
+
+
+class CentreCrop(NamedTuple):
+    """The evaluation view's crop."""
+
+    size: int
+    views: int = 1
+
+    def draws(self, places):
+        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
+
+    def __call__(self, images, draws):
+        return (crops.centre_crops(images, self.size),)
+
+
+def in_own_order(dataset, look, unreadable, batch_size):
+    """What is seen of a dataset's images in its own order, those that cannot be read left out.
+
+    Returns a dataset of (numbers [n], for each view [n, S, S, 3], labels [n]).
+    """
+    unreadable = unreadable or Unreadable(len(dataset), 0.0)
+    if isinstance(dataset, ArrayDataset):
+        with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
+            all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
+
+        def look_at_batch(first):
+            numbers = tf.range(first, tf.minimum(first + batch_size, len(dataset)))
+            seen = look(all_images[first : first + batch_size], look.draws(numbers))
+            return numbers, seen, all_labels[first : first + batch_size]
+
+        firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
+        return mapped(firsts, look_at_batch)
+
+    if isinstance(dataset, FileDataset):
+        paths = _paths(dataset)
+        sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
+    else:
+        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
+        sources = mapped(records, functools.partial(_source_of_record, dataset))
+
+    def look_at_group(numbers, group):  # [n], three of [n]
+        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
+        return numbers, *_look_at_group(look, numbers, candidate, dataset, 1, unreadable)
+
+    def leave_out(numbers, seen, labels, readable):
+        return tf.nest.map_structure(
+            lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
+        )
+
+    groups = mapped(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
+    return mapped(_ended_beyond_limit(groups, unreadable), leave_out)
+
+
+def _group_size(unreadable):
+    """Images that are looked at together; in a data service one, to name the unreadable one."""
+    return 1 if unreadable.in_service else GROUP
+
+
+def _ended_beyond_limit(groups, unreadable):
+    """Ends the reading at the first group up to which too many images could not be read.
+
+    In the order of the groups, whichever of them were read first. (Only where one could not be
+    read by the graph, as Python is slow, and waited for where an iterator is given up.)
+    """
+
+    def check(place):
+        unreadable.check(int(place))
+        return place
+
+    def in_order(places, seen, labels, readable, all_at_once):
+        last = places[-1] + 1
+        checked = tf.cond(
+            all_at_once, lambda: last, lambda: tf.numpy_function(check, [last], tf.int64)
+        )
+        with tf.control_dependencies([checked]):
+            return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
+
+    return groups.map(as_it_stands(in_order))
+
+
+def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
+    """What is seen of a few images.
+
+    Args:
+        look: what to see of an image.
+        places: int64 [n], of the images in the order of reading.
+        candidate: which of the n, and the number of an attempt, to a source, a name and a label.
+        dataset: of the images. A source is a path, if it is of files, or else the file itself.
+        attempts, unreadable: as in `open_first_readable`. A data service's workers have no Python:
+            there every image must be readable.
+
+    Returns:
+        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
+        whether all were read at once by the graph.
+    """
+    draws = look.draws(places)
+    is_file = isinstance(dataset, FileDataset)
+    formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
+    count = tf.size(places, tf.int64)
+    empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
+    first = tf.constant(0, tf.int64)
+
+    def look_at(i):
+        source, _, label = candidate(i, first)
+        encoded = tf.io.read_file(source) if is_file else source
+        image = decode(encoded, unreadable.max_pixels, formats)
+        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
+        return tuple(x[0] for x in seen), label
+
+    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
+    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
+    at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
+    nothing = tf.data.Dataset.from_tensors((empty, tf.zeros([0], tf.int64)))
+    readable = at_once.ignore_errors().concatenate(nothing).take(1)
+    seen, labels = readable.get_single_element()
+
+    def look_at_first_readable(i):
+        read = read_file if is_file else bytes
+        of_image = functools.partial(candidate, i)
+        image, label = open_first_readable(of_image, read, attempts, unreadable, places[i])
+        readable = tf.size(image) > 0
+        seen = tf.cond(
+            readable,
+            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
+            lambda: tuple(tf.zeros([1, look.size, look.size, 3], tf.uint8) for _ in empty),
+        )
+        return tuple(x[0] for x in seen), label, readable
+
+    def each():
+        if unreadable.in_service:
+            message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
+            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
+                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
+        types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
+        return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
+
+    all_at_once = tf.size(labels) > 0
+    seen, labels, readable = tf.cond(
+        all_at_once, lambda: (seen, labels, tf.fill([count], True)), each
+    )
+    seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
+    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
+    return seen, labels, readable, all_at_once
+
+
+# ---------------------------------------------------------------- images in the order of training
+# Each reader returns an endless dataset of (places [n], for each view [n, S, S, 3], labels [n]),
+# this worker's.
+
+
+class Order(NamedTuple):
+    """Which places of the training belong to this worker: in every batch, its part of the rows.
+
+    Places count images over the whole training. An epoch has `images_per_epoch` of them: a multiple
+    of the batch, or with `keep_remainder`, for a single worker, the whole dataset.
+    """
+
+    dataset_size: int
+    global_batch_size: int
+    seed: int
+    first_step: int = 0
+    last_step: int = tf.int64.max
+    workers: int = 1
+    worker: int = 0
+    keep_remainder: bool = False
+
+    @property
+    def rows(self):
+        return self.global_batch_size // self.workers
+
+    @property
+    def steps_per_epoch(self):
+        whole, remainder = divmod(self.dataset_size, self.global_batch_size)
+        return whole + (self.keep_remainder and remainder > 0)
+
+    @property
+    def images_per_epoch(self):
+        images = self.steps_per_epoch * self.global_batch_size
+        return min(images, self.dataset_size) if self.keep_remainder else images
+
+    @property
+    def steps(self):
+        return tf.data.Dataset.range(self.first_step, self.last_step)
+
+    @property
+    def epochs(self):
+        last = (self.last_step - 1) // self.steps_per_epoch + 1
+        return tf.data.Dataset.range(self.first_step // self.steps_per_epoch, last)
+
+    def places(self, step):
+        epoch, step_in_epoch = step // self.steps_per_epoch, step % self.steps_per_epoch
+        first = step_in_epoch * self.global_batch_size + self.worker * self.rows
+        places = first + tf.range(self.rows, dtype=tf.int64)
+        if self.keep_remainder:
+            places = places[: self.images_per_epoch - first]
+        return epoch * self.images_per_epoch + places
+
+    def images_at(self, places, attempt=0):
+        """Which images stand at places of one epoch, or `attempt` places further on in it."""
+        epoch = tf.reshape(places, [-1])[0] // self.images_per_epoch
+        places_in_epoch = (places % self.images_per_epoch + attempt) % self.dataset_size
+        return permuted(places_in_epoch, epoch, self.dataset_size, self.seed)
+
+    def is_own(self, place):
+        return place % self.global_batch_size // self.rows == self.worker
+
+
+def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Returns which images stand at `places` (int64, below `count`) of an epoch's permutation."""
+    key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
+    return tf.random.experimental.index_shuffle(places, key, count - 1)
+
+
+def _array_batches(dataset, order, look, unreadable):
+    del unreadable  # Arrays are decoded.
+    with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
+        all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
+
+    def look_at_batch(step):
+        places = order.places(step)
+        rows = order.images_at(places)
+        seen = look(tf.gather(all_images, rows), look.draws(places))
+        return places, seen, tf.gather(all_labels, rows)
+
+    return mapped(order.steps, look_at_batch)
+
+
+def _file_images(dataset, order, look, unreadable):
+    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
+
+    def places_of(step):
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
+
+    def look_at_group(places):  # [n]
+        def candidate(i, attempt):
+            # What cannot be read gives way to the next image in the epoch's order.
+            row = order.images_at(places[i], attempt)
+            return paths[row], paths[row], labels[row]
+
+        count = len(dataset)
+        return places, *_look_at_group(look, places, candidate, dataset, count, unreadable)
+
+    groups = mapped(order.steps.flat_map(places_of), look_at_group)
+    # Where none can be read, the limit ends the training.
+    return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
+
+
+def _record_images(dataset, order, look, unreadable):
+    images_per_epoch = order.images_per_epoch
+    first_epoch, first_step_in_epoch = divmod(order.first_step, order.steps_per_epoch)
+    skipped = first_step_in_epoch * order.global_batch_size
+    all_shards = [tf.constant(values) for values in dataset.shards]
+
+    def epoch_of_records(epoch):
+        key = tf.stack([tf.constant(order.seed, tf.int64), epoch])
+        permutation = tf.random.experimental.stateless_shuffle(tf.range(len(dataset.files)), key)
+        shards = tuple(tf.gather(values, permutation) for values in all_shards)
+        in_shards = tf.data.Dataset.from_tensor_slices(shards).interleave(
+            dataset.read_shard, cycle_length=STREAM_SHARDS, num_parallel_calls=tf.data.AUTOTUNE
+        )
+        # `shuffle` would mix the program's global seed in. This sets that of this function's graph
+        # alone; 0 would make it fail, as it compares both seeds with 0 in Python.
+        tf.compat.v1.set_random_seed(1)
+        # One key a (seed, epoch): a training has fewer than a million epochs.
+        shuffled = in_shards.shuffle(
+            STREAM_BUFFER, seed=order.seed * 1_000_000 + epoch, reshuffle_each_iteration=False
+        )
+        # Each record with those that would replace it; the last ones are followed by some again.
+        extended = shuffled.concatenate(in_shards.repeat().take(STREAM_CANDIDATES - 1))
+        windows = extended.window(STREAM_CANDIDATES, shift=1, drop_remainder=True)
+        windows = windows.flat_map(
+            lambda *parts: tf.data.Dataset.zip(*(part.batch(STREAM_CANDIDATES) for part in parts))
+        )
+        images = windows.take(images_per_epoch).enumerate(epoch * images_per_epoch)
+        # Here, not once for all epochs: each of a data service's workers begins with another.
+        return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
+
+    def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
+        def candidate(i, attempt):
+            return _source_of_record(dataset, *(part[i, attempt] for part in group))
+
+        return places, *_look_at_group(
+            look, places, candidate, dataset, STREAM_CANDIDATES, unreadable
+        )
+
+    def require_readable(places, seen, labels, readable):
+        message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
+            return places, seen, tf.identity(labels)
+
+    windows = order.epochs.flat_map(epoch_of_records)
+    windows = windows.filter(lambda place, window: order.is_own(place))
+    groups = mapped(windows.batch(_group_size(unreadable)), look_at_group)
+    return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
+
+
+def _in_training(groups, order, unreadable):
+    """Ends the training beyond the limit, unless others must count: several workers together."""
+    if unreadable.in_service or order.workers > 1:
+        return groups.map(as_it_stands(lambda *group: group[:4]))
+    return _ended_beyond_limit(groups, unreadable)
+
+
+READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
+
+
+def mapped(dataset, function):
+    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
+
+
+def as_it_stands(function):
+    """Keeps AutoGraph from searching a function's source for loops, which takes seconds."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
+def _source_of_record(dataset, file, index, record):
+    """Encoded image, name and label of a record."""
+    encoded, label = dataset.parse(record)
+    return encoded, tf.strings.join([file, ", record ", tf.strings.as_string(index)]), label
+
+
+def _paths(dataset):
+    return [os.fsencode(path) for path in dataset.paths]  # A name need not be UTF-8.
+
+
+def _labels(dataset):
+    return np.full(len(dataset), -1, np.int64) if dataset.labels is None else dataset.labels
