@@ -24,13 +24,13 @@ from isd_tf.data.batches import evaluation_batches, probe_batches
 from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
-from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer
+from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
 from isd_tf.training.checkpoints import Checkpoints
 
 # Of the pictures: rows, and images beside each other.
 QUERIES, NEIGHBORS = 8, 8
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
-SCORED_ON_TEST = ("knn", "linear", "fast_linear")
+SCORED_ON_TEST = ("knn", "linear", "fast_linear", "weighted_knn", "few_shot_knn")
 # Steps of SGD below which `linear` says that they are few. ImageNet's 1% of the labels take 2000.
 FEW_STEPS = 1000
 
@@ -439,6 +439,35 @@ def _read_search(run, name):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+# ------------------------------------------------------------------------ scores of other papers
+
+
+def evaluate_weighted_knn(run: Run) -> None:
+    for name in FLAGS.evaluated_encoders:
+        scores = votes.weighted_accuracy(*_bank_and_test(run, name))
+        say(f"Votes by exp(cosine / T), {name}:")
+        for title, accuracy in scores.items():
+            _, neighbors_, temperature, top = title.split("_")
+            say(f"  {neighbors_[:-2]:>4}-NN, T = {temperature[1:]}, {top}: {accuracy:.1%}")
+        run.record({f"{name}_{title}": accuracy for title, accuracy in scores.items()})
+
+
+def evaluate_few_shot_knn(run: Run) -> None:
+    for name in FLAGS.evaluated_encoders:
+        scores = votes.few_shot_accuracy(*_bank_and_test(run, name), seed=FLAGS.seed)
+        for shots, score in scores.items():
+            say(
+                f"1-NN among {shots} images a class, {name}: {score.mean:.1%} "
+                f"(deviation of {votes.DRAWS} draws: {score.std:.1%})"
+            )
+            run.record({f"{name}_{shots}shot_{key}": x for key, x in score._asdict().items()})
+
+
+def _bank_and_test(run, encoder_name):
+    encoder = run.encoder(encoder_name)
+    return run.features(encoder, run.data.bank), run.features(encoder, run.data.test)
+
+
 # --------------------------------------------------------------------------- the paper's figures
 
 
@@ -512,6 +541,8 @@ EVALUATIONS = {
     "knn": evaluate_knn,
     "linear": evaluate_linear,
     "fast_linear": evaluate_fast_linear,
+    "weighted_knn": evaluate_weighted_knn,
+    "few_shot_knn": evaluate_few_shot_knn,
     "transfer": evaluate_transfer,
     "clusters": evaluate_clusters,
     "neighbors": evaluate_neighbors,

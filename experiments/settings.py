@@ -37,7 +37,17 @@ METHODS = {  # And the flags that are their settings.
     "byol": ("teacher_momentum",),
 }
 STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
-EVALUATIONS = ("knn", "linear", "fast_linear", "transfer", "clusters", "neighbors", "curves")
+EVALUATIONS = (
+    "knn",
+    "linear",
+    "fast_linear",
+    "weighted_knn",
+    "few_shot_knn",
+    "transfer",
+    "clusters",
+    "neighbors",
+    "curves",
+)
 ENCODERS = ("student", "teacher", "untrained", "initial")
 PICKLES = (".pth", ".pt", ".pth.tar")
 WEIGHTS_SUFFIXES = (".keras", ".weights.h5", ".safetensors", *PICKLES)
@@ -228,7 +238,8 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "evaluated_encoders",
     ["student"],
-    f"Which encoders linear, fast_linear, transfer and clusters score, of {', '.join(ENCODERS)}.",
+    "Which encoders linear, fast_linear, weighted_knn, few_shot_knn, transfer and clusters score, "
+    f"of {', '.join(ENCODERS)}.",
 )
 flags.DEFINE_float(
     "label_fraction", 1.0, "Share of each class' labels that linear and fast_linear may use."

@@ -101,11 +101,8 @@ def search_of(workdir, name):
 
 def assert_documented(results):
     """Every name is one of docs/evaluation.md's, whose parts in capitals stand for others."""
-    parts = {
-        "ENCODER": "raw_pixels|untrained|initial|student|teacher",
-        "K": "1|5|20",
-        "DATASET": r"\w+",
-    }
+    parts = {"ENCODER": "raw_pixels|untrained|initial|student|teacher", "DATASET": r"\w+"}
+    parts |= {"K": "1|5|10|20|200", "TEMPERATURE": r"0\.07|0\.1"}
     parts |= {"METRIC": "top1|mean_per_class", "LABELS": r"(?:_[\d.]+pct|_\w+_\d+pct)?"}
     patterns = [re.sub("[A-Z]+", lambda m: f"(?:{parts[m[0]]})", name) for name in NAMES]
     for name in results:
@@ -116,7 +113,7 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
     """In one call, all that needs no long training; student, teacher and untrained."""
     trained = results_of(evaluated.workdir)
     results = evaluated(
-        "knn,fast_linear,clusters,neighbors,curves",
+        "knn,fast_linear,weighted_knn,few_shot_knn,clusters,neighbors,curves",
         "--evaluated_encoders=student,teacher,untrained",
     )
     assert_documented(results)
@@ -131,6 +128,8 @@ def test_scores_and_pictures_of_a_finished_run(evaluated, photos, capsys):
         assert found.scores["nmi"] == pytest.approx(results[f"{encoder}_clusters_nmi"])
     for encoder in ("student", "teacher", "untrained"):
         assert 0.4 <= results[f"{encoder}_fast_linear_top1"] <= 1
+        assert 0 <= results[f"{encoder}_weighted_20nn_t0.07_top1"] <= 1
+        assert 0 <= results[f"{encoder}_10shot_mean"] <= 1
         assert f"{encoder}_fast_linear_top5" not in results  # Of two classes.
         assert results[f"{encoder}_clusters"] == 2
         for score in ("purity", "nmi", "ari"):

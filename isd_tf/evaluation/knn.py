@@ -97,6 +97,31 @@ def knn_accuracy(
     return scores
 
 
+def nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k bank rows most similar to each query by cosine, exactly.
+
+    Args:
+        queries: features [Q, C], compared at unit length.
+        bank: features [N, C], which may be on disk.
+        k: at most N.
+
+    Returns:
+        Rows int64 [Q, k], nearest first and equal ones in the bank's order, and their cosines.
+
+    Raises:
+        ValueError: when the bank has fewer than k rows, or of another length.
+    """
+    if len(bank) < k or bank.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"The bank must have {k} rows of {queries.shape[1]} numbers or more. Received: "
+            f"{len(bank)} of {bank.shape[1]}."
+        )
+    search = _NearestNeighbors(unit_rows(queries), k)
+    for first in range(0, len(bank), BANK_CHUNK):
+        search.add(unit_rows(bank[first : first + BANK_CHUNK]))
+    return search.rows, search.similarities
+
+
 def majority(labels: np.ndarray) -> np.ndarray:
     """Returns the most frequent label of each row of [Q, k], ties to the one that stands first."""
     counts = np.zeros(labels.shape, np.int32)
@@ -192,6 +217,11 @@ class _NearestNeighbors:
     def rows(self) -> np.ndarray:
         """Bank rows [Q, k], nearest first."""
         return np.concatenate([rows for _, rows in self.best])
+
+    @property
+    def similarities(self) -> np.ndarray:
+        """Cosines [Q, k] to these rows."""
+        return np.concatenate([similarities for similarities, _ in self.best])
 
 
 @tf.function(reduce_retracing=True)
