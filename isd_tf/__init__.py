@@ -18,9 +18,11 @@ from isd_tf.data.batches import DataService, evaluation_batches, pretraining_bat
 from isd_tf.evaluation.knn import knn_accuracy
 from isd_tf.methods import losses
 from isd_tf.methods.byol import BYOL
+from isd_tf.methods.compress import CompRess
 from isd_tf.methods.feature_queue import FeatureQueue
 from isd_tf.methods.isd import ISD
 from isd_tf.methods.moco_v2 import MoCoV2
+from isd_tf.methods.msf import MSF
 from isd_tf.methods.student_teacher import StudentTeacher
 from isd_tf.networks import torch_weights
 from isd_tf.networks.encoders import build_encoder
@@ -37,6 +39,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BYOL",
     "ISD",
+    "MSF",
+    "CompRess",
     "CosineByEpoch",
     "DataService",
     "DropsByEpoch",

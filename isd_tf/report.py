@@ -37,7 +37,8 @@ def draw_neighbors(
         label = neighbors.query_labels[i]
         name = class_names[label] if class_names and label >= 0 else ""
         _show(axes[i, 0], neighbors.query_views[i], f"query\n{name}")
-        _show(axes[i, 1], neighbors.other_views[i], "not compared\nMoCo 1")
+        if neighbors.other_views is not None:
+            _show(axes[i, 1], neighbors.other_views[i], "not compared\nMoCo 1")
         for j in range(shown):
             text = f"ISD {neighbors.probabilities[i, j]:.2g}\nMoCo 0"
             known = label >= 0 and neighbors.anchor_labels[i, j] >= 0

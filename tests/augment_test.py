@@ -8,7 +8,7 @@ from isd_tf.views import augment, crops, photometric
 VIEWS = {"strong": augment.strong_view, "weak": augment.weak_view}
 
 
-@pytest.mark.parametrize("recipe", augment.RECIPES)
+@pytest.mark.parametrize("recipe", VIEWS)
 def test_views_are_the_same_eagerly_in_tf_data_and_on_replicas(recipe, two_replicas):
     images, seeds = tf.constant(PATCHES), some_seeds(4)
     view = VIEWS[recipe]

@@ -1,4 +1,4 @@
-"""MoCo v2 and BYOL against the papers' formulas in numpy, and as models like ISD."""
+"""MoCo v2 and BYOL against the papers' formulas in numpy, and with MSF as models like ISD."""
 
 import keras
 import numpy as np
@@ -125,13 +125,16 @@ def small(method, strategy, synchronized=False, **settings):
         encoder = isd_tf.build_encoder("tiny_resnet", 16, 4, synchronized)
         if method == "moco_v2":
             model = isd_tf.MoCoV2(encoder, *isd_tf.moco_v2_heads(16), queue_size=37, **settings)
+        elif method == "msf":
+            heads = isd_tf.isd_plus_heads(16, synchronized)
+            model = isd_tf.MSF(encoder, *heads, queue_size=37, neighbors=3, **settings)
         else:
             model = isd_tf.BYOL(encoder, *isd_tf.isd_plus_heads(16, synchronized), **settings)
         model.compile(isd_tf.TorchSGD(0.05))
     return model
 
 
-@pytest.mark.parametrize("method", ["moco_v2", "byol"])
+@pytest.mark.parametrize("method", ["moco_v2", "byol", "msf"])
 def test_two_replicas_with_synchronised_batch_norm_equal_one(method, float64, two_replicas):
     settings = dict(synchronized=True, shuffle_batch_norm=False)
     one = small(method, tf.distribute.get_strategy(), **settings)
@@ -150,7 +153,7 @@ def test_two_replicas_with_synchronised_batch_norm_equal_one(method, float64, tw
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-10, err_msg=ours.path)
 
 
-@pytest.mark.parametrize("method", ["moco_v2", "byol"])
+@pytest.mark.parametrize("method", ["moco_v2", "byol", "msf"])
 def test_a_model_is_saved_and_loaded_whole(method, tmp_path):
     model = small(method, tf.distribute.get_strategy())
     model.fit(image_batches(3), verbose=0, shuffle=False)

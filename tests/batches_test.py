@@ -104,6 +104,23 @@ def test_batches_hold_two_views_and_a_label(dataset):
     assert np.abs(batch["teacher_view"] - batch["student_view"]).mean() > 0.1
 
 
+def test_one_view_is_the_only_one_that_is_cut_and_drawn(dataset):
+    """The recipe `crop`: from 8% of the area on, flipped or not, and nothing else."""
+    arguments = (dataset, ("crop",), SIZE, 4, 1)
+    (batch,) = batching.pretraining_batches(*arguments).take(1)
+    assert set(batch) == {"view", "label"} and set(batch["view"]) == {"crop"}
+    cut, seeds = batch["view"]["crop"]
+    for row, label in enumerate(batch["label"]):
+        image = IMAGES[label][: 16 - int(label) % 2 if dataset.name.startswith("num") else 16]
+        expected = crops.random_resized_crop(image[None], seeds[row][None], SIZE, (0.08, 1))
+        np.testing.assert_array_equal(cut[row], expected[0])
+    views = augment.finish(batch["view"]).numpy()
+    plain = photometric.normalize(cut / 255).numpy()
+    mirrored = [np.allclose(v, p[:, ::-1], atol=1e-5) for v, p in zip(views, plain, strict=True)]
+    same = [np.allclose(v, p, atol=1e-5) for v, p in zip(views, plain, strict=True)]
+    assert np.logical_xor(mirrored, same).all()
+
+
 def test_an_epoch_is_a_permutation_less_its_remainder(dataset):
     steps = N // 4
     first = labels_of(take(dataset, steps))
@@ -257,8 +274,8 @@ def test_the_order_of_records_does_not_depend_on_the_global_seed(records):
 def test_views_and_batches_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="strong, weak.*weak/hard"):
         take(ARRAYS, 1, views=("weak", "hard"))
-    with pytest.raises(ValueError, match="two of strong, weak.*Received: weak"):
-        take(ARRAYS, 1, views=("weak",))
+    with pytest.raises(ValueError, match="two of strong, weak, crop.*Received: weak/weak/weak"):
+        take(ARRAYS, 1, views=("weak", "weak", "weak"))
     with pytest.raises(ValueError, match="at most the dataset's 23.*=24"):
         take(ARRAYS, 1, batch=24)
 

@@ -75,6 +75,23 @@ def test_queries_stay_in_order_with_two_different_views(trained):
     np.testing.assert_array_equal(find(trained).query_views, found.query_views)
 
 
+def test_one_view_that_both_see_is_the_one_that_became_the_rows():
+    keras.utils.set_random_seed(0)
+    pixels = keras.Input((SIZE, SIZE, 3))
+    teacher = keras.Model(pixels, keras.layers.Flatten()(pixels))
+    student = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+    model = isd_tf.CompRess(student, teacher, QUEUE)
+    model.compile(isd_tf.TorchSGD(0.01))
+    batches = pretraining_batches(images(30, 0), ("crop",), SIZE, BATCH, SEED)
+    model.fit(batches, steps_per_epoch=8, verbose=0, shuffle=False)
+    found = find(model, views=("crop",))
+    assert found.other_views is None
+    anchors = model.queue.read_anchors().numpy()
+    shown = unit(found.anchor_views.reshape(20, -1))
+    nearest = np.argsort(-(unit(found.query_views.reshape(4, -1)) @ anchors.T), axis=1)[:, :5]
+    np.testing.assert_allclose(shown, anchors[nearest].reshape(20, -1), atol=1e-5)
+
+
 class QueuedImages(tfds.core.GeneratorBasedBuilder):
     """Thirty images of two sizes, so that TFDS streams them."""
 

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A power of two: Keras keeps the learning rate in float32, whatever the weights are.
 LEARNING_RATE, MOMENTUM, DECAY = 0.0625, 0.9, 1e-4
 TEACHER_MOMENTUM, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.9, 0.1, 0.02
+TEMPERATURE, NEIGHBORS = 0.04, 5  # CompRess', MSF's
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,17 @@ class TorchISD:
             for theirs, ours in pairs:
                 theirs.mul_(TEACHER_MOMENTUM).add_(ours, alpha=1 - TEACHER_MOMENTUM)
 
+    def learn(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def enqueue(self, keys):
+        rows = (self.pointer + self.torch.arange(len(keys))) % len(self.queue)
+        self.queue[rows] = keys
+        self.pointer = (self.pointer + len(keys)) % len(self.queue)
+
     def step(self, teacher_view, student_view):
         functional = self.torch.nn.functional
         queries = functional.normalize(self.predictor(self.student(student_view)))
@@ -69,13 +81,44 @@ class TorchISD:
             teacher_log = functional.log_softmax(keys @ self.queue.T / TEACHER_TEMPERATURE, 1)
         student_log = functional.log_softmax(queries @ self.queue.T / STUDENT_TEMPERATURE, 1)
         loss = functional.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        rows = (self.pointer + self.torch.arange(len(keys))) % len(self.queue)
-        self.queue[rows] = keys
-        self.pointer = (self.pointer + len(keys)) % len(self.queue)
-        return loss.item()
+        loss = self.learn(loss)
+        self.enqueue(keys)
+        return loss
+
+
+class TorchMSF(TorchISD):
+    """MSF's: the keys enter the queue first, and the nearest rows are what the student is near."""
+
+    def step(self, teacher_view, student_view):
+        functional = self.torch.nn.functional
+        queries = functional.normalize(self.predictor(self.student(student_view)))
+        self.move_teacher()
+        with self.torch.no_grad():
+            keys = functional.normalize(self.teacher(teacher_view))
+            self.enqueue(keys)
+            nearest = self.torch.cdist(keys, self.queue).topk(NEIGHBORS, largest=False).indices
+            rows = self.queue[nearest]
+        return self.learn((queries[:, None] - rows).square().sum(2).mean())
+
+
+class TorchCompRess(TorchISD):
+    """CompRess': the teacher is another network, in evaluation mode; one view, one temperature."""
+
+    def __init__(self, torch, student, head, queue, teacher):
+        super().__init__(torch, student, head, queue)
+        self.teacher = teacher.eval()
+
+    def step(self, view):
+        functional = self.torch.nn.functional
+        embeddings = functional.normalize(self.predictor(self.student(view)))
+        with self.torch.no_grad():
+            keys = functional.normalize(self.teacher(view))
+            teacher = functional.softmax(keys @ self.queue.T / TEMPERATURE, 1)
+        student_log = functional.log_softmax(embeddings @ self.queue.T / TEMPERATURE, 1)
+        loss = functional.kl_div(student_log, teacher, reduction="batchmean")
+        loss = self.learn(loss)
+        self.enqueue(keys)
+        return loss
 
 
 def tensors(keras_network, torch_network):
@@ -119,26 +162,27 @@ def assert_equal_networks(keras_network, torch_network, tolerance):
 
 
 @pytest.mark.parametrize(
-    "architecture, heads, size, batch, steps, tolerance",
+    "method, architecture, heads, size, batch, steps, tolerance",
     [
-        ("resnet18", "isd", 32, 8, 3, 1e-10),
-        ("resnet18", "isd_plus", 32, 8, 3, 1e-10),
-        ("resnet50", "isd_plus", 96, 4, 1, 1e-8),
+        ("isd", "resnet18", "isd", 32, 8, 3, 1e-10),
+        ("isd", "resnet18", "isd_plus", 32, 8, 3, 1e-10),
+        ("isd", "resnet50", "isd_plus", 96, 4, 1, 1e-8),
+        ("msf", "resnet18", "isd_plus", 32, 8, 3, 1e-10),
     ],
 )
 def test_steps_equal_pytorch(
-    architecture, heads, size, batch, steps, tolerance, float64, torch, torch_networks
+    method, architecture, heads, size, batch, steps, tolerance, float64, torch, torch_networks
 ):
     """Losses, all weights, the teacher's, the queue and the running statistics, views unequal."""
     encoder = isd_tf.build_encoder(architecture, size)
     features = encoder.output_shape[-1]
-    model = isd_tf.ISD(
-        encoder,
-        *HEADS[heads](features),
-        queue_size=3 * batch - 2,  # wraps off a multiple of the batch
-        teacher_temperature=TEACHER_TEMPERATURE,
-        student_temperature=STUDENT_TEMPERATURE,
-        teacher_momentum=TEACHER_MOMENTUM,
+    own, settings, torch_method = {
+        "isd": (isd_tf.ISD, (TEACHER_TEMPERATURE, STUDENT_TEMPERATURE), TorchISD),
+        "msf": (isd_tf.MSF, (NEIGHBORS,), TorchMSF),
+    }[method]
+    queue_size = 3 * batch - 2  # wraps off a multiple of the batch
+    model = own(
+        encoder, *HEADS[heads](features), queue_size, *settings, teacher_momentum=TEACHER_MOMENTUM
     )
     model.compile(isd_tf.TorchSGD(LEARNING_RATE, MOMENTUM, DECAY))
     step = tf.function(model.train_step)
@@ -150,7 +194,7 @@ def test_steps_equal_pytorch(
         copy_to_torch(torch, model.student_projector, projector)
     copy_to_torch(torch, model.predictor, predictor)
     queue = torch.from_numpy(model.queue.read_anchors().numpy().copy())
-    reference = TorchISD(torch, torch.nn.Sequential(student, projector), predictor, queue)
+    reference = torch_method(torch, torch.nn.Sequential(student, projector), predictor, queue)
 
     random = np.random.default_rng(0)
     for _ in range(steps):
@@ -173,6 +217,39 @@ def test_steps_equal_pytorch(
     for ours, theirs in sides:
         assert_equal_networks(ours, theirs, tolerance)
     np.testing.assert_allclose(model.queue.read_anchors(), queue, tolerance, tolerance)
+
+
+def test_steps_of_a_given_teacher_equal_pytorch(float64, torch, torch_networks):
+    """Losses, all weights, the student's statistics, the queue; the teacher's statistics rest."""
+    size, batch, networks = 32, 8, {}
+    for side, architecture in (("student", "resnet18"), ("teacher", "resnet50")):
+        ours = isd_tf.build_encoder(architecture, size)
+        ours(np.random.default_rng(1).normal(size=(batch, size, size, 3)), training=True)
+        theirs = torch_networks.encoder(architecture, size).double()
+        copy_to_torch(torch, ours, theirs)
+        networks[side] = ours, theirs
+    (student, torch_student), (teacher, torch_teacher) = networks.values()
+    model = isd_tf.CompRess(student, teacher, 3 * batch - 2, TEMPERATURE)
+    model.compile(isd_tf.TorchSGD(LEARNING_RATE, MOMENTUM, DECAY))
+    step = tf.function(model.train_step)
+    head = torch.nn.Sequential()
+    head.add_module("linear", torch.nn.Linear(512, 2048).double())
+    with torch.no_grad():
+        copy_to_torch(torch, model.head, head)
+    queue = torch.from_numpy(model.queue.read_anchors().numpy().copy())
+    reference = TorchCompRess(torch, torch_student, head, queue, torch_teacher)
+
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        view = random.normal(size=(batch, size, size, 3)).astype(np.float32).astype(np.float64)
+        logs = step({"view": tf.constant(view)})
+        theirs = reference.step(torch.from_numpy(view).permute(0, 3, 1, 2))
+        np.testing.assert_allclose(logs["loss"], theirs, 1e-10)
+
+    assert_equal_networks(student, torch_student, 1e-10)
+    assert_equal_networks(model.head, head, 1e-10)
+    assert_equal_networks(teacher, torch_teacher, 0)
+    np.testing.assert_allclose(model.queue.read_anchors(), queue, 1e-10, 1e-10)
 
 
 # --------------------------------------------------------------------------------- weights in files

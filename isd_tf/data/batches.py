@@ -29,6 +29,8 @@ from isd_tf.views import augment
 
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
 PREFETCHED_BATCHES = 2
+# What a batch calls the views that it has of each image.
+VIEW_NAMES = {1: ("view",), 2: ("teacher_view", "student_view")}
 # How long to wait for a data service's first worker; TensorFlow would wait forever, in silence.
 DATA_SERVICE_SECONDS = 60
 
@@ -48,7 +50,7 @@ class DataService(NamedTuple):
 
 def pretraining_batches(
     dataset: Dataset,
-    views: tuple[str, str],
+    views: tuple[str, ...],
     image_size: int,
     global_batch_size: int,
     seed: int,
@@ -60,11 +62,12 @@ def pretraining_batches(
     """Makes the endless stream of batches from `first_step` on.
 
     An epoch is a permutation of the images by (seed, epoch), its remainder dropped. Every image is
-    decoded once and seen twice, through the teacher's and the student's recipe.
+    decoded once and seen through the teacher's and the student's recipe, or one for both.
 
     Args:
         dataset: what to read.
-        views: recipes of the teacher and of the student, each "weak" or "strong".
+        views: recipes of the teacher and of the student, each of `augment.RECIPES`; or a single
+            one, of a view that both see.
         image_size: side S of the views in pixels.
         global_batch_size: B, over all replicas.
         seed: of order and views.
@@ -75,10 +78,11 @@ def pretraining_batches(
         data_service: where other machines prepare the batches, first come first served.
 
     Returns:
-        Dicts of "teacher_view" and "student_view" and, if the dataset has labels, "label", int64
-        [b]. A view is the host's half of one: under its recipe's name uint8 crops [b, S, S, 3] and
-        their seeds, int64 [b, 2]. The model does the rest; `augment.finish` does it by hand. One
-        global batch is one element for each replica of this worker in turn, b = B / replicas.
+        Dicts of "teacher_view" and "student_view", or of "view", and, if the dataset has labels, of
+        "label", int64 [b]. A view is the host's half of one: under its recipe's name uint8 crops
+        [b, S, S, 3] and their seeds, int64 [b, 2]. The model does the rest; `augment.finish` does
+        it by hand. One global batch is one element for each replica of this worker in turn, b = B /
+        replicas.
 
     Raises:
         ValueError: for an unknown recipe, a batch larger than the dataset, or one that the replicas
@@ -116,17 +120,17 @@ def pretraining_batches(
     look = RandomCrops(
         image_size,
         tuple(augment.RECIPES[recipe].area for recipe in views),
-        (2 * seed, 2 * seed + 1),
+        _view_seeds(views, seed),
     )
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
     batches = seen.rebatch(global_batch_size // context.num_replicas_in_sync, drop_remainder=True)
 
-    def two_views(places, cut, labels):  # [b], two of [b, S, S, 3], [b]
+    def by_name(places, cut, labels):  # [b], for each view [b, S, S, 3], [b]
         batch = {"label": labels} if is_labelled(dataset) else {}
-        parts = zip(("teacher_view", "student_view"), views, cut, look.seeds(places), strict=True)
+        parts = zip(VIEW_NAMES[len(views)], views, cut, look.seeds(places), strict=True)
         return batch | {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
 
-    batches = mapped(batches, two_views)
+    batches = mapped(batches, by_name)
     options = tf.data.Options()
     options.deterministic = True
     # Parallel over images: threads inside an operation would wait for each other.
@@ -181,12 +185,12 @@ def numbered_batches(
 
 def numbered_views(
     dataset: Dataset,
-    views: tuple[str, str],
+    views: tuple[str, ...],
     image_size: int,
     seed: int,
     unreadable: Unreadable | None = None,
 ) -> tf.data.Dataset:
-    """Draws both views of each image of a dataset in its own order, by its number.
+    """Draws the views of each image of a dataset in its own order, by its number.
 
     Args:
         dataset: few images.
@@ -194,17 +198,17 @@ def numbered_views(
         unreadable: counts images that cannot be read, which are left out.
 
     Returns:
-        Triples of the teacher's and the student's view, each as `pretraining_batches` has them
-        with b = 1, and of the label, int64 [1] (-1: unknown).
+        Tuples of the views, the teacher's and the student's or one, each as `pretraining_batches`
+        has them with b = 1, and of the label, int64 [1] (-1: unknown).
     """
     areas = tuple(augment.RECIPES[recipe].area for recipe in views)
-    look = RandomCrops(image_size, areas, (2 * seed, 2 * seed + 1))
+    look = RandomCrops(image_size, areas, _view_seeds(views, seed))
 
-    def two_views(places, crops, labels):
+    def finish(places, crops, labels):
         parts = zip(views, crops, look.seeds(places), strict=True)
         return *({recipe: (crop, seeds)} for recipe, crop, seeds in parts), labels
 
-    return mapped(in_own_order(dataset, look, unreadable, 1).rebatch(1), two_views)
+    return mapped(in_own_order(dataset, look, unreadable, 1).rebatch(1), finish)
 
 
 def probe_batches(
@@ -226,29 +230,36 @@ def probe_batches(
         unreadable: counts images that cannot be read, which the next ones replace.
 
     Returns:
-        Pairs of float32 [b, S, S, 3], `augment.LINEAR`'s views, and int64 [b], labels.
+        Pairs of float32 [b, S, S, 3], views of the recipe "crop", and int64 [b], labels.
     """
+    recipe = augment.RECIPES["crop"]
     unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     order = Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
-    look = RandomCrops(image_size, (augment.LINEAR.area,), (seed,))
+    look = RandomCrops(image_size, (recipe.area,), (seed,))
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
-        return augment.LINEAR.finish(crops[0], look.seeds(places)[0]), labels
+        return recipe.finish(crops[0], look.seeds(places)[0]), labels
 
     views = mapped(seen.rebatch(order.global_batch_size), finish)
     return views.prefetch(PREFETCHED_BATCHES)
 
 
 def check_views(views: tuple[str, ...]) -> None:
-    """Raises ValueError unless `views` names two recipes."""
-    if len(views) != 2 or not set(views) <= set(augment.RECIPES):
+    """Raises ValueError unless `views` names two recipes, or one."""
+    if len(views) not in VIEW_NAMES or not set(views) <= set(augment.RECIPES):
         raise ValueError(
             f"Unknown views. Expected two of {', '.join(augment.RECIPES)}, the teacher's and then "
-            f"the student's, such as weak/strong. Received: {'/'.join(views)}."
+            "the student's, such as weak/strong, or one that both see. Received: "
+            f"{'/'.join(views)}."
         )
+
+
+def _view_seeds(views, seed):
+    """A seed for each view, of its own in every run."""
+    return tuple(2 * seed + i for i in range(len(views)))
 
 
 def _require_workers(address):

@@ -169,10 +169,9 @@ class EvaluateKNN(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every_epochs:
             return
-        encoders = {"student": self.model.student_encoder, "teacher": self.model.teacher_encoder}
         try:
             data = map(self._unless_hurried, (self.bank, self.queries))
-            scores = knn_accuracy(encoders, *data, rare_labels=self.rare_labels)
+            scores = knn_accuracy(self.model.encoders(), *data, rare_labels=self.rare_labels)
         except _HurriedError:
             print(f"Epoch {epoch + 1} is not scored: there is no time left.", flush=True)
             return

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from isd_tf.data.batches import numbered_views, pretraining_batches
+from isd_tf.data.batches import VIEW_NAMES, numbered_views, pretraining_batches
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.decoding import REPLACED, Unreadable, explaining
 from isd_tf.methods.feature_queue import UNKNOWN_LABEL
-from isd_tf.methods.student_teacher import StudentTeacher
+from isd_tf.methods.student import Student
 from isd_tf.views import augment
 
 
@@ -21,7 +21,7 @@ class QueueNeighbors(NamedTuple):
     """For Q images the n nearest anchors, the nearest first. Views are normalised [S, S, 3]."""
 
     query_views: np.ndarray  # [Q, S, S, 3], the teacher's
-    other_views: np.ndarray  # [Q, S, S, 3], the student's: the positives of contrastive learning
+    other_views: np.ndarray | None  # [Q, S, S, 3], the student's, if it has one of its own
     anchor_views: np.ndarray  # [Q, n, S, S, 3]
     probabilities: np.ndarray  # [Q, n], the teacher's over all anchors
     query_labels: np.ndarray  # int64 [Q], -1 where unknown
@@ -29,11 +29,11 @@ class QueueNeighbors(NamedTuple):
 
 
 def find(
-    model: StudentTeacher,
+    model: Student,
     temperature: float,
     queries: Dataset,
     train: Dataset,
-    views: tuple[str, str],
+    views: tuple[str, ...],
     image_size: int,
     global_batch_size: int,
     seed: int,
@@ -65,7 +65,7 @@ def find(
             f"The queue must be full of images. Received: {enqueued} after step {step}, of {size}. "
             "Train on, or use a smaller --queue_size."
         )
-    query_views, other_views, query_labels = _two_views(
+    query_views, *other_views, query_labels = _drawn_views(
         queries, views, image_size, seed, unreadable.max_pixels
     )
     embeddings = _embed(model, query_views)  # [Q, D]
@@ -84,7 +84,7 @@ def find(
         first = number * global_batch_size
         places_here = wanted & set(range(first, first + global_batch_size))
         if places_here:
-            views_here = augment.finish(batch["teacher_view"]).numpy()
+            views_here = augment.finish(batch[VIEW_NAMES[len(views)][0]]).numpy()
             labels_here = batch.get("label", tf.fill([global_batch_size], UNKNOWN_LABEL)).numpy()
         for place in places_here:
             found[place] = views_here[place - first], labels_here[place - first]
@@ -99,7 +99,7 @@ def find(
             )
     return QueueNeighbors(
         query_views,
-        other_views,
+        other_views[0] if other_views else None,
         np.array([[found[place][0] for place in of_query] for of_query in places]),
         best.values.numpy(),
         query_labels,
@@ -107,17 +107,17 @@ def find(
     )
 
 
-def _two_views(queries, views, image_size, seed, max_pixels):
-    """Draws a view for the teacher and one for the student of each query, by its number."""
+def _drawn_views(queries, views, image_size, seed, max_pixels):
+    """Draws the views of each query by its number: the teacher's, the student's; then labels."""
     unreadable, read = Unreadable(len(queries), 1, max_pixels=max_pixels), []
     with explaining([unreadable]):
-        for *pair, label in numbered_views(queries, views, image_size, seed, unreadable):
-            read.append([*map(augment.finish, pair), label])
+        for *drawn, label in numbered_views(queries, views, image_size, seed, unreadable):
+            read.append([*map(augment.finish, drawn), label])
     return [np.concatenate(side) for side in zip(*read, strict=True)]
 
 
 def _embed(model, views):
-    x = model.teacher_encoder(views, training=False)
-    if model.teacher_projector:
-        x = model.teacher_projector(x, training=False)
+    x = model.encoders()["teacher"](views, training=False)
+    projector = getattr(model, "teacher_projector", None)  # A given teacher has none.
+    x = projector(x, training=False) if projector else x
     return tf.math.l2_normalize(tf.cast(x, model.queue.rows.dtype), axis=1)

@@ -72,8 +72,7 @@ class FeatureQueue(keras.layers.Layer):
         """Share of the nearest rows that carry the image's label; unknown labels never match.
 
         Args:
-            nearest: integers [B, n], the rows nearest to each image's teacher embedding, before the
-                image itself is enqueued.
+            nearest: integers [B, n], the rows nearest to each image's teacher embedding.
             labels: integers [B], -1 where unknown.
         """
         nearest_labels = tf.gather(self.labels.value, nearest)  # [B, n]

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from isd_tf.methods import losses
 from isd_tf.methods.feature_queue import FeatureQueue
-from isd_tf.methods.student_teacher import StudentTeacher, embedding_std
+from isd_tf.methods.student import embedding_std
+from isd_tf.methods.student_teacher import StudentTeacher
 from isd_tf.training.distribution import gather_across_replicas
 
 

@@ -62,6 +62,76 @@ def squared_distance(student_embeddings: tf.Tensor, teacher_embeddings: tf.Tenso
     return tf.reduce_sum(difference**2, axis=1)
 
 
+class MeanShift(NamedTuple):
+    """What comparing the student to the teacher's neighbourhood gives."""
+
+    distance: tf.Tensor  # [B] the loss
+    nearest: tf.Tensor  # [B, neighbors] rows of the anchors nearest to the teacher's embedding
+
+
+def mean_shift(
+    student_embeddings: tf.Tensor,
+    teacher_embeddings: tf.Tensor,
+    anchors: tf.Tensor,
+    neighbors: int,
+) -> MeanShift:
+    """Mean squared distance of the student's embedding to the anchors nearest to the teacher's.
+
+    2 - 2 q.a for unit rows, mean over the nearest anchors a. No gradient reaches the teacher's
+    embeddings or the anchors.
+
+    Args:
+        student_embeddings: [B, D] unit rows q.
+        teacher_embeddings: [B, D] unit rows.
+        anchors: [K, D] unit rows, the teacher's embeddings of this batch among them.
+        neighbors: how many anchors are near, at most K.
+
+    Returns:
+        Distances in [0, 4], [B], and the nearest anchors.
+
+    Source: Koohpayegani et al., ICCV 2021, equation 1; UMBCvision/MSF train_msf.py.
+    """
+    anchors = tf.stop_gradient(anchors)
+    nearest = _nearest(tf.stop_gradient(teacher_embeddings), anchors, neighbors)  # [B, n]
+    means = tf.reduce_mean(tf.gather(anchors, nearest), axis=1)  # [B, D]
+    return MeanShift(2 - 2 * tf.reduce_sum(student_embeddings * means, axis=1), nearest)
+
+
+def _nearest(embeddings, anchors, neighbors):
+    """Rows [B, neighbors] of the anchors most similar to embeddings [B, D], in chunks if many."""
+    if not _is_streamed(embeddings, anchors):
+        similarities = tf.matmul(embeddings, anchors, transpose_b=True)  # [B, K]
+        return tf.math.top_k(similarities, neighbors).indices
+
+    def add_chunk(first, best, rows):
+        similarities = tf.matmul(embeddings, anchors[first : first + CHUNK], transpose_b=True)
+        return first + CHUNK, *_keep_nearest(best, rows, first, similarities, neighbors)
+
+    state = (tf.constant(0), *_no_neighbors(embeddings, neighbors))
+    size = tf.shape(anchors)[0]
+    _, _, rows = tf.while_loop(lambda first, *_: first < size, add_chunk, state)
+    return rows
+
+
+def _is_streamed(embeddings, anchors):
+    return (embeddings.shape[0] or 0) * (anchors.shape[0] or 0) >= STREAMED_FROM
+
+
+def _no_neighbors(embeddings, neighbors):
+    """The nearest anchors before the first chunk: similarities and rows, each [B, neighbors]."""
+    shape = [tf.shape(embeddings)[0], neighbors]
+    return tf.fill(shape, tf.constant(-float("inf"), embeddings.dtype)), tf.zeros(shape, tf.int32)
+
+
+def _keep_nearest(best, rows, first, similarities, neighbors):
+    """The same after a chunk of similarities [B, c] to the anchors from row `first` on."""
+    similar = tf.math.top_k(similarities, tf.minimum(neighbors, tf.shape(similarities)[1]))
+    candidates = tf.concat([best, similar.values], axis=1)
+    rows = tf.concat([rows, first + similar.indices], axis=1)
+    chosen = tf.math.top_k(candidates, neighbors)
+    return chosen.values, tf.gather(rows, chosen.indices, batch_dims=1)
+
+
 class SimilarityDistillation(NamedTuple):
     """What comparing student and teacher over the anchors gives; entropies in nats."""
 
@@ -100,9 +170,8 @@ def similarity_distillation(
 
     Source: paper equations 1-3; UMBCvision/ISD train_isd.py:196-212.
     """
-    compare = _compare_at_once
-    if (student_embeddings.shape[0] or 0) * (anchors.shape[0] or 0) >= STREAMED_FROM:
-        compare = _compare_in_chunks
+    is_streamed = _is_streamed(student_embeddings, anchors)
+    compare = _compare_in_chunks if is_streamed else _compare_at_once
     return compare(
         student_embeddings,
         tf.stop_gradient(teacher_embeddings),
@@ -168,12 +237,7 @@ def _compare_in_chunks(
             chunk = anchors[first : first + CHUNK]  # [c, D]
             logits = tf.matmul(queries, chunk, transpose_b=True)  # [2B, c]
             if neighbors:
-                k = tf.minimum(neighbors, tf.shape(chunk)[0])
-                similar = tf.math.top_k(logits[:batch], k)
-                candidates = tf.concat([best, similar.values], axis=1)
-                rows = tf.concat([rows, first + similar.indices], axis=1)
-                chosen = tf.math.top_k(candidates, neighbors)
-                best, rows = chosen.values, tf.gather(rows, chosen.indices, batch_dims=1)
+                best, rows = _keep_nearest(best, rows, first, logits[:batch], neighbors)
             new_m = tf.maximum(m, tf.reduce_max(logits, axis=1))
             shift = widen(m) - widen(new_m)  # [2B]
             rescale = tf.exp(shift)
@@ -196,8 +260,7 @@ def _compare_in_chunks(
             tf.zeros_like(queries, tf.float64),
             zeros,
             zeros[:batch],
-            tf.fill([batch, neighbors], tf.constant(-float("inf"), queries.dtype)),
-            tf.zeros([batch, neighbors], tf.int32),
+            *_no_neighbors(teacher_queries, neighbors),
         )
         _, _, z, weighted, own, gap, _, rows = tf.while_loop(
             lambda first, *_: first < size, add_chunk, state

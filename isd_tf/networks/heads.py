@@ -63,6 +63,16 @@ def moco_v2_heads(
     return _two_layer_perceptron(feature_dim, feature_dim, 128, True, None, "projector"), None
 
 
+def compress_head(feature_dim: int, teacher_dim: int) -> keras.Model:
+    """CompRess: a linear layer with bias from the student's features to the teacher's.
+
+    Source: UMBCvision/CompRess train_student_one_queue.py.
+    """
+    dtype = keras.config.dtype_policy().variable_dtype
+    linear = _torch_dense(feature_dim, teacher_dim, True, "linear", dtype=dtype)
+    return keras.Sequential([keras.Input((feature_dim,), dtype=dtype), linear], name="head")
+
+
 HEADS = {"isd": isd_heads, "isd_plus": isd_plus_heads, "moco_v2": moco_v2_heads}
 
 

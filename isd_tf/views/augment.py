@@ -6,10 +6,12 @@ the rest for a batch at once (`photometric.py`). The recipes, side by side:
 
     strong: crop | colour jitter (p .8), greyscale (p .2), blur (p .5), flip (p .5), normalise
     weak:   crop |                                                      flip (p .5), normalise
-    linear: crop from 8% of the area on |                               flip (p .5), normalise
+    crop:   crop from 8% of the area on |                               flip (p .5), normalise
+
+`crop` is what CompRess shows its networks, and the linear classifier is trained on.
 
 Source: paper section 4; UMBCvision/ISD train_isd_plus.py:260-286 and eval_linear.py:131-136;
-torchvision.transforms.
+UMBCvision/CompRess train_student_one_queue.py; torchvision.transforms.
 """
 
 from collections.abc import Callable
@@ -49,9 +51,8 @@ class Recipe(NamedTuple):
 RECIPES = {
     "strong": Recipe(crops.AREA, finish_strong),
     "weak": Recipe(crops.AREA, finish_weak),
+    "crop": Recipe((0.08, 1.0), finish_weak),
 }
-# What the linear classifier is trained on.
-LINEAR = Recipe((0.08, 1.0), finish_weak)
 
 # One program for a recipe, a batch's shape and a device.
 _COMPILED = {name: tf.function(recipe.finish, jit_compile=True) for name, recipe in RECIPES.items()}
