@@ -25,11 +25,19 @@ from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelle
 from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
+from isd_tf.methods.student import Student
 from isd_tf.training.checkpoints import Checkpoints
 
 # Of the pictures: rows, and images beside each other.
 QUERIES, NEIGHBORS = 8, 8
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 10, 12
+# Of the probabilities in the picture of the queue. MSF has none, and is shown as ISD would see it.
+TEMPERATURES = {
+    "isd": lambda: FLAGS.teacher_temperature,
+    "moco_v2": lambda: FLAGS.temperature,
+    "compress": lambda: FLAGS.temperature,
+    "msf": lambda: 0.02,
+}
 SCORED_ON_TEST = ("knn", "linear", "fast_linear", "weighted_knn", "few_shot_knn")
 # Steps of SGD below which `linear` says that they are few. ImageNet's 1% of the labels take 2000.
 FEW_STEPS = 1000
@@ -47,9 +55,9 @@ class Data(NamedTuple):
 class Run(NamedTuple):
     """A run: what is trained, on what, and where it is kept."""
 
-    model: isd_tf.StudentTeacher
+    model: Student
     data: Data
-    views: tuple[str, str]
+    views: tuple[str, ...]
     workdir: pathlib.Path
     checkpoints: Checkpoints
     counters: list[Unreadable]  # of all that was read
@@ -75,7 +83,7 @@ class Run(NamedTuple):
             if name == "initial":
                 isd_tf.load_weights(encoder, self.workdir / workdirs.INITIAL_WEIGHTS)
             return encoder
-        return getattr(self.model, f"{name}_encoder")
+        return self.model.encoders()[name]
 
     def batches(self, dataset: Dataset, counter: Unreadable | None = None):
         counter = counter or self.counter(dataset)
@@ -507,7 +515,7 @@ def evaluate_neighbors(run: Run) -> None:
     rows = np.unique(rows)
     found = neighbors.find(
         run.model,
-        FLAGS.temperature if FLAGS.method == "moco_v2" else FLAGS.teacher_temperature,
+        TEMPERATURES[FLAGS.method](),
         subsets.take(asked, rows, "queries"),
         run.data.train,
         run.views,

@@ -35,6 +35,7 @@ import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import memory  # noqa: E402
+import teachers  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
@@ -55,7 +56,13 @@ SECONDS_BETWEEN_REPORTS = 10
 LEFT_OUT = "not_read.txt"
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
 COLLAPSED_STD = 0.01
-METHODS = {"isd": isd_tf.ISD, "moco_v2": isd_tf.MoCoV2, "byol": isd_tf.BYOL}
+METHODS = {
+    "isd": isd_tf.ISD,
+    "moco_v2": isd_tf.MoCoV2,
+    "byol": isd_tf.BYOL,
+    "msf": isd_tf.MSF,
+    "compress": isd_tf.CompRess,
+}
 EXPORTS = {
     "saved_model": "SavedModel",
     "keras_hub": "KerasHub preset",
@@ -87,6 +94,8 @@ def main():
                 FLAGS.keep_every_epochs * steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
+            if FLAGS.method == "compress":
+                require_same_teacher(workdir, checkpoints)
             begin_or_continue(workdir, checkpoints, data, initial)
             first_step = checkpoints.restore_newest()
             if first_step:
@@ -182,7 +191,8 @@ def choose_devices():
         + (f", {replicas} in all" if workers > 1 else "")
         + f": global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
     )
-    if FLAGS.batch_norm == "shuffled" and replicas == 1 and training:
+    moves = "teacher_momentum" in settings.METHODS[FLAGS.method]  # Or else sees no batch.
+    if FLAGS.batch_norm == "shuffled" and replicas == 1 and training and moves:
         say(
             "On one device there is nothing to shuffle: BatchNorm sees the whole batch. "
             "--batch_norm=groups:N takes statistics of N parts, as N devices would."
@@ -299,16 +309,21 @@ def build_encoder(strategy):
 def build_model(strategy, encoder, steps_per_epoch):
     synchronized, groups = settings.batch_norm()
     with strategy.scope():
-        projector, predictor = HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups)
-        memory.require_for_queue((projector or encoder).output_shape[-1])
-        model = METHODS[FLAGS.method](
-            encoder,
-            projector,
-            predictor,
-            shuffle_batch_norm=not synchronized,
-            seed=FLAGS.seed,
-            **{name: FLAGS[name].value for name in settings.METHODS[FLAGS.method]},
-        )
+        own = {name: FLAGS[name].value for name in settings.METHODS[FLAGS.method]}
+        if FLAGS.method == "compress":
+            teacher = teachers.load()
+            memory.require_for_queue(teacher.output_shape[-1])
+            model = isd_tf.CompRess(encoder, teacher, seed=FLAGS.seed, **own)
+        else:
+            heads = HEADS[FLAGS.heads](encoder.output_shape[-1], synchronized, groups)
+            memory.require_for_queue((heads[0] or encoder).output_shape[-1])
+            model = METHODS[FLAGS.method](
+                encoder,
+                *heads,
+                shuffle_batch_norm=not synchronized,
+                seed=FLAGS.seed,
+                **own,
+            )
         if FLAGS.learning_rate_schedule == "cosine":
             rate = isd_tf.CosineByEpoch(FLAGS.learning_rate, FLAGS.epochs, steps_per_epoch)
         else:
@@ -351,6 +366,27 @@ def begin_or_continue(workdir, checkpoints, data, initial):
                     + ". Restore them to continue it, or use another --workdir."
                 )
         note_versions(workdir / "versions.json", checkpoints)
+
+
+def require_same_teacher(workdir, checkpoints):
+    """Leaves the digest of a given teacher in a new workdir; in one with checkpoints, compares it.
+
+    The checkpoints do not hold the teacher itself.
+    """
+    now = teachers.record(checkpoints.model.encoders()["teacher"])
+    cluster.require_same(checkpoints.strategy, {"teacher": json.dumps(now)})
+    with cluster.failing_together(checkpoints.strategy):
+        if not cluster.is_chief(checkpoints.strategy):
+            return
+        path = workdir / "teacher.json"
+        if not checkpoints.exist:
+            workdirs.write_json(path, now)
+        elif (before := json.loads(path.read_text())) != now:
+            raise ValueError(
+                f"The workdir {workdir} was begun with another teacher: digest "
+                f"{before['digest']} then, {now['digest']} of --teacher={FLAGS.teacher} now. Name "
+                "the same one to continue it, or use another --workdir."
+            )
 
 
 def note_versions(path, checkpoints):

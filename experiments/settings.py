@@ -16,7 +16,7 @@ from program import say
 
 FLAGS = flags.FLAGS
 STAGES = ("check", "pretrain", "evaluate", "export")
-VIEWS = ("strong", "weak")
+VIEWS = ("strong", "weak", "crop")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
 APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
     "ResNet50 ResNet101 ResNet152 VGG16 VGG19 ResNet50V2 ResNet101V2 ResNet152V2 Xception "
@@ -35,7 +35,12 @@ METHODS = {  # And the flags that are their settings.
     "isd": ("queue_size", "teacher_temperature", "student_temperature", "teacher_momentum"),
     "moco_v2": ("queue_size", "temperature", "teacher_momentum"),
     "byol": ("teacher_momentum",),
+    "msf": ("queue_size", "neighbors", "teacher_momentum"),
+    "compress": ("queue_size", "temperature"),
 }
+# Of compress alone: the given teacher.
+TEACHER = ("teacher", "teacher_weights", "teacher_encoder", "teacher_image_size")
+RANDOM = "random"
 STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
 EVALUATIONS = (
     "knn",
@@ -102,7 +107,12 @@ flags.DEFINE_string(
 flags.DEFINE_integer("unbalanced_seed", 0, "Draw of the classes of --unbalanced and their images.")
 
 # Views
-flags.DEFINE_string("views", None, "Views of teacher/student: weak/strong, strong/strong, ...")
+flags.DEFINE_string(
+    "views",
+    None,
+    "Views of teacher/student: weak/strong, strong/strong, ...; with compress also one that both "
+    "see, such as crop.",
+)
 
 # Networks
 flags.DEFINE_string(
@@ -159,8 +169,32 @@ flags.DEFINE_enum("method", "isd", list(METHODS), "What the student learns from 
 flags.DEFINE_integer("queue_size", None, "Anchors in the queue.")
 flags.DEFINE_float("teacher_temperature", None, "Divides the teacher's similarities.")
 flags.DEFINE_float("student_temperature", None, "Divides the student's similarities.")
-flags.DEFINE_float("temperature", 0.2, "With moco_v2: divides all similarities.")
+flags.DEFINE_float("temperature", 0.2, "With moco_v2 and compress: divides all similarities.")
+flags.DEFINE_integer("neighbors", None, "With msf: nearest anchors that an image is moved to.")
 flags.DEFINE_float("teacher_momentum", None, "Share of its past that the teacher keeps each step.")
+
+# A given teacher: --method=compress
+flags.DEFINE_string(
+    "teacher",
+    None,
+    "The workdir of another run, a .keras file, a SavedModel with the signature `encode`; or the "
+    "name of an encoder, with --teacher_weights.",
+)
+flags.DEFINE_string(
+    "teacher_weights",
+    None,
+    "Of an encoder that --teacher names: the file or workdir with its weights; or published, for "
+    "those that keras:NAME and keras_hub:PRESET come with; or random.",
+)
+flags.DEFINE_enum(
+    "teacher_encoder",
+    "student",
+    ["student", "teacher"],
+    "Which of two encoders that a run or a file of the --teacher holds.",
+)
+flags.DEFINE_integer(
+    "teacher_image_size", None, "Side of the images that the teacher sees; unset: its own."
+)
 
 # Optimization
 flags.DEFINE_integer("epochs", None, "Passes over the training images.")
@@ -278,9 +312,10 @@ flags.DEFINE_list(
 flags.DEFINE_list("compare_with", [], "Other workdirs that curves shows in the same picture.")
 
 # What may change between two calls in one workdir; every other flag is the recipe. Which images are
-# trained on, dataset.json knows.
+# trained on, dataset.json knows, and teacher.json which teacher teaches.
 NOT_RECIPE = (
     "unbalanced unbalanced_seed data_dir image_list test_split max_unreadable max_pixels "
+    "teacher teacher_weights teacher_encoder "
     "data_service workdir stages strategy cluster_timeout logical_cpus steps_per_execution compile "
     "deterministic check_replicas checkpoint_every_steps keep_checkpoints keep_every_epochs "
     "if_checkpoint_fails log_every_steps knn_every_epochs export_encoder export_format "
@@ -288,7 +323,7 @@ NOT_RECIPE = (
     "linear_weight_decays linear_epochs transfer tfds_data_dir clusters query_images compare_with"
 ).split()
 # What may differ between the workers of a cluster.
-MACHINES_OWN = "data_dir image_list workdir cluster_timeout".split()
+MACHINES_OWN = "data_dir image_list workdir cluster_timeout teacher teacher_weights".split()
 REQUIRED = "dataset image_size views encoder heads epochs batch_size learning_rate workdir".split()
 REQUIRED_TO_CHECK = "dataset image_size workdir".split()
 LARGEST = 2**31 - 1
@@ -299,6 +334,8 @@ RANGES = {  # Of every whole number, and of shares.
     "unbalanced_seed": (0, LARGEST),
     "width": (1, LARGEST),
     "queue_size": (1, LARGEST),
+    "neighbors": (1, LARGEST),
+    "teacher_image_size": (1, LARGEST),
     "epochs": (1, LARGEST),
     "batch_size": (1, LARGEST),
     "drop_factor": (0, 1),
@@ -335,6 +372,11 @@ def _check_recipe(typed):
     settings = METHODS[FLAGS.method]
     required = REQUIRED_TO_CHECK if FLAGS.stages == ["check"] else (*REQUIRED, *settings)
     unset = [name for name in required if FLAGS[name].value is None]
+    if FLAGS.method == "compress" and FLAGS.stages != ["check"]:
+        # Its student has a head of its own; and the default of the temperature is MoCo's.
+        unset = [name for name in unset if name != "heads"]
+        unset += ["teacher"] * (not FLAGS.teacher)
+        unset += ["temperature"] * (not FLAGS["temperature"].present)
     if unset:
         raise ValueError(
             f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
@@ -387,10 +429,16 @@ def _check_recipe(typed):
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
     _check_encoder()
+    if FLAGS.method == "msf" and FLAGS.neighbors > FLAGS.queue_size:
+        raise ValueError(
+            f"--neighbors must be at most --queue_size={FLAGS.queue_size}. "
+            f"Received: {FLAGS.neighbors}."
+        )
     views()
     batch_norm()
     _check_initial_weights()
     _check_export()
+    _check_teacher()
 
 
 def _check_initial_weights():
@@ -490,6 +538,44 @@ def _check_export():
         )
 
 
+
+def _check_teacher():
+    if FLAGS.method != "compress":
+        given = [name for name in TEACHER if FLAGS[name].value != FLAGS[name].default]
+        if given:
+            raise ValueError(
+                f"Only --method=compress takes a given teacher. Received: --{', --'.join(given)} "
+                f"with --method={FLAGS.method}."
+            )
+        return
+    kind, weights = teacher_kind(), FLAGS.teacher_weights
+    if kind != "encoder" and weights:
+        raise ValueError(
+            f"--teacher={FLAGS.teacher} has weights of its own. Received: "
+            f"--teacher_weights={weights}. Leave it out."
+        )
+    if kind == "encoder" and not weights:
+        raise ValueError(
+            "A teacher with random weights teaches nothing. Received: "
+            f"--teacher={FLAGS.teacher} without --teacher_weights. Name their file, or pass "
+            f"--teacher_weights={RANDOM} if that is what you want to see."
+        )
+    is_path = kind == "encoder" and weights not in (RANDOM, PUBLISHED)
+    if is_path and not os.path.exists(weights):
+        raise FileNotFoundError(f"No such file. Received: --teacher_weights={weights}.")
+    if kind == "workdir" and os.path.realpath(FLAGS.teacher) == os.path.realpath(FLAGS.workdir):
+        raise ValueError(
+            f"A run cannot be its own teacher. Received: --teacher={FLAGS.teacher}, the --workdir."
+        )
+    if kind == "workdir" and not glob.glob(
+        os.path.join(glob.escape(FLAGS.teacher), "checkpoints", "step-*")
+    ):
+        raise ValueError(
+            "A run must have a checkpoint to be a teacher. Received: "
+            f"--teacher={FLAGS.teacher}, which has none."
+        )
+
+
 def _check_encoder():
     """As far as one can without TensorFlow."""
     name = FLAGS.encoder
@@ -585,15 +671,40 @@ def recipe() -> list[flags.Flag]:
     return [flag for flag in own_flags() if flag.name not in NOT_RECIPE]
 
 
-def views() -> tuple[str, str]:
-    """The recipes of the teacher's view and of the student's."""
+def views() -> tuple[str, ...]:
+    """The recipes of the teacher's view and of the student's, or of one that both see."""
     names = tuple(FLAGS.views.split("/"))
-    if len(names) != 2 or not set(names) <= set(VIEWS):
+    numbers_of_views = (1, 2) if FLAGS.method == "compress" else (2,)
+    if len(names) not in numbers_of_views or not set(names) <= set(VIEWS):
+        one = ", or with --method=compress one that both see, such as crop"
         raise ValueError(
             f"Unknown views. Expected two of {', '.join(VIEWS)}, the teacher's and then the "
-            f"student's, such as weak/strong. Received: --views={FLAGS.views}."
+            f"student's, such as weak/strong{one}. Received: --views={FLAGS.views}."
         )
     return names
+
+
+def teacher_kind() -> str:
+    """What --teacher names: "workdir", "saved_model", "keras_file" or "encoder".
+
+    Raises:
+        ValueError, FileNotFoundError: when it is none of these.
+    """
+    path = FLAGS.teacher
+    if os.path.exists(os.path.join(path, "run.flags")):
+        return "workdir"
+    folder = glob.escape(path)
+    if glob.glob(f"{folder}/saved_model.pb") or glob.glob(f"{folder}/[0-9]*/saved_model.pb"):
+        return "saved_model"
+    if path.endswith(".keras") and os.path.isfile(path):
+        return "keras_file"
+    if path in ARCHITECTURES or path.startswith(("keras:", "keras_hub:")):
+        return "encoder"
+    kind = FileNotFoundError if not os.path.exists(path) else ValueError
+    raise kind(
+        "--teacher must be the workdir of a run, a .keras file, a SavedModel, or the name of an "
+        f"encoder: {', '.join(ARCHITECTURES)}, keras:NAME or keras_hub:PRESET. Received: {path}."
+    )
 
 
 def batch_norm() -> tuple[bool, int]:

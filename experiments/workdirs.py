@@ -95,12 +95,13 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
 
 
 def about(workdir: pathlib.Path) -> dict:
-    """What a model card tells of a run: recipe, images, versions, scores, initial weights."""
+    """What a model card tells of a run: its recipe, what it began with, versions and scores."""
     files = {
         "data": "dataset.json",
+        "initial_weights": "initial_weights.json",
+        "teacher": "teacher.json",
         "versions": "versions.json",
         "scores": "results.json",
-        "initial_weights": "initial_weights.json",
     }
     found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
     recipe = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
@@ -152,7 +153,7 @@ def used_data_service(workdir: pathlib.Path) -> bool:
 
 
 def flag(workdir: pathlib.Path, name: str) -> str | None:
-    """A flag's value as the run was begun, or None."""
+    """Returns a flag's value as the run was begun, or None."""
     lines = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
     start = f"--{name}="
     return next((line.removeprefix(start) for line in lines if line.startswith(start)), None)

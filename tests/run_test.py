@@ -27,6 +27,7 @@ import flagfiles  # noqa: E402
 import run  # noqa: E402
 from in_process import call, set_flags  # noqa: E402
 from small_runs import (  # noqa: E402
+    RANDOM_TEACHER,
     SMALL,
     STEPS,
     assert_same_end,
@@ -212,6 +213,7 @@ def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
     unbalanced, whole = "unbalanced" in flag_file, flag_file == "quickstart.flags"
     call(f"--flagfile={flag_file}", "--dataset=folder", f"--data_dir={photos}", *SMALL,
          *(["--unbalanced=1,1,8"] if unbalanced else []),
+         *(RANDOM_TEACHER if "compress" in flag_file else []),
          *([] if whole else ["--stages=pretrain", "--knn_every_epochs=0"]),
          "--epochs=1", f"--workdir={tmp_path}")  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
@@ -244,6 +246,19 @@ def test_recipes_are_the_papers():
         learning_rate_schedule="drops", drop_epochs="141,181", drop_factor="0.2",
     )  # fmt: skip
     assert expected.items() <= isd.items()
+    expected = dict(
+        method="msf", encoder="resnet50", heads="isd_plus", views="weak/strong", neighbors="10",
+        queue_size="128000", teacher_momentum="0.99", epochs="200", batch_size="256",
+        learning_rate="0.05", learning_rate_schedule="cosine",
+    )  # fmt: skip
+    assert expected.items() <= settings("msf.flags").items()
+    expected = dict(
+        method="compress", teacher="resnet50", encoder="resnet18", views="crop", epochs="130",
+        queue_size="128000", temperature="0.04", learning_rate="0.01", batch_size="256",
+        learning_rate_schedule="drops", drop_epochs="91,121", drop_factor="0.2",
+        sgd_momentum="0.9", weight_decay="0.0001",
+    )  # fmt: skip
+    assert expected.items() <= settings("compress.flags").items()
 
 
 def test_unlabelled_images_pretrain_and_export(photos, tmp_path, capsys):

@@ -14,6 +14,8 @@ SMALL = [
     *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=4"),
     *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
 ]
+# What stands in a flag file's place that names a trained teacher.
+RANDOM_TEACHER = ["--teacher=tiny_resnet", "--teacher_weights=random"]
 STEPS = 24 // 4 * 4  # 24 images in batches of 4, 4 epochs
 
 
