@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -206,3 +207,11 @@ def test_the_temperature_must_be_chosen_as_the_flags_default_is_mocos(photos, tm
     arguments = [*small_run(photos, tmp_path), "--method=compress", "--views=crop"]
     with pytest.raises(ValueError, match="must set --temperature"):
         set_flags(*arguments, f"--teacher={trained}")
+
+
+def test_the_example_of_the_page_on_distillation_runs(tmp_path, monkeypatch):
+    page = pathlib.Path(__file__).parent.parent / "docs" / "distillation.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, page.name, "exec"), {})
+    assert load_encoder("runs/distilled").output_shape == (None, 64)
