@@ -33,7 +33,8 @@ def compress_run(photos, workdir, teacher, *arguments):
 def trained(photos, tmp_path_factory):
     """The workdir of a run whose student, or teacher, is to teach; wider than its pupils."""
     workdir = tmp_path_factory.mktemp("runs") / "teacher"
-    call(*small_run(photos, workdir, "--width=8", "--epochs=2"))
+    call(*small_run(photos, workdir, "--width=8", "--epochs=1", "--knn_every_epochs=0",
+                    "--stages=pretrain,evaluate"))  # fmt: skip
     return workdir
 
 
@@ -41,7 +42,7 @@ def trained(photos, tmp_path_factory):
 def finished(photos, trained, tmp_path_factory):
     """A whole run by that teacher, all of whose checkpoints are kept."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    call(*compress_run(photos, workdir, trained, "--keep_checkpoints=99",
+    call(*compress_run(photos, workdir, trained, "--keep_checkpoints=99", "--epochs=3",
                        "--evaluations=knn,clusters,neighbors,curves"))  # fmt: skip
     return workdir
 
@@ -95,15 +96,21 @@ def test_a_continued_run_ends_in_the_bits_of_an_unbroken_one(finished, photos, t
             shutil.rmtree(path)
     # From another place, which is the same teacher all the same.
     shutil.copytree(trained, tmp_path / "moved")
-    arguments = compress_run(photos, tmp_path / "run", tmp_path / "moved", "--keep_checkpoints=99")
-    call(*arguments, "--stages=pretrain", "--knn_every_epochs=0", "--steps_per_execution=2")
+    arguments = compress_run(photos, tmp_path / "run", tmp_path / "moved", "--epochs=3")
+    call(
+        *arguments,
+        "--keep_checkpoints=99",
+        "--stages=pretrain",
+        "--knn_every_epochs=0",
+        "--steps_per_execution=2",
+    )
     assert_same_end(tmp_path / "run", finished)
 
 
 def test_another_teacher_is_refused_and_changes_nothing(finished, photos, trained, tmp_path):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     message = "begun with another teacher: digest .* then, .* now.*another --workdir"
-    arguments = compress_run(photos, finished, trained, "--keep_checkpoints=99")
+    arguments = compress_run(photos, finished, trained, "--epochs=3")
     # Of other features the checkpoint does not fit either, and is not asked.
     random = ["--teacher=tiny_resnet", "--teacher_weights=random"]
     for other in (["--teacher_encoder=teacher"], random):
