@@ -538,7 +538,6 @@ def _check_export():
         )
 
 
-
 def _check_teacher():
     if FLAGS.method != "compress":
         given = [name for name in TEACHER if FLAGS[name].value != FLAGS[name].default]

@@ -4,7 +4,6 @@ import pathlib
 
 import keras
 import program  # noqa: F401 - so that isd_tf is found
-import tensorflow as tf
 import workdirs
 from settings import FLAGS, PUBLISHED, RANDOM, teacher_kind
 
@@ -59,23 +58,7 @@ def _from_workdir():
     encoder = isd_tf.build_encoder(
         workdirs.flag(workdir, "encoder"), size, int(width) if width else None
     )
-    newest = max(workdir.glob("checkpoints/step-*"))
-    holder = tf.train.Checkpoint(**{f"{which}_encoder": encoder})
-    # As in training/checkpoints.py: TensorFlow does not see all of some networks.
-    seen = {id(one) for one in tf.train.TrackableView(holder).descendants()}
-    if any(id(weight) not in seen for weight in encoder.weights):
-        raise ValueError(
-            f"The weights of a {encoder.name} are not told apart in a checkpoint. Received: "
-            f"--teacher={workdir}. Name its export, {workdir / 'saved_model'}."
-        )
-    try:
-        status = tf.train.Checkpoint(model=holder).read(str(newest / "state"))
-        status.assert_existing_objects_matched().expect_partial()
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
-        raise ValueError(
-            f"{newest} does not hold the {which} that {workdir / 'run.flags'} tells of "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+    isd_tf.load_weights(encoder, workdir, which)
     return encoder
 
 

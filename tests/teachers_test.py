@@ -127,6 +127,15 @@ def test_a_runs_encoder_teaches(which, trained):
     np.testing.assert_array_equal(features, expected)
 
 
+def test_a_named_encoder_teaches_by_the_weights_of_a_file_or_a_run(trained, tmp_path):
+    encoder = isd_tf.build_encoder("tiny_resnet", 16)
+    encoder.save_weights(tmp_path / "a.weights.h5")
+    features = loaded_teacher("tiny_resnet", f"--teacher_weights={tmp_path / 'a.weights.h5'}")
+    np.testing.assert_array_equal(features, encoder(VIEWS, training=False))
+    with pytest.raises(ValueError, match="another network's.*mis-shaped"):  # Narrower.
+        loaded_teacher("tiny_resnet", f"--teacher_weights={trained}")
+
+
 def test_files_teach_what_their_encoder_sees(trained, tmp_path):
     encoder = encoder_of(trained, "student", 8)
     expected = encoder(VIEWS, training=False)
