@@ -520,7 +520,12 @@ def knn_callback(run, stop):
     if not every or evaluations.reason_not_to_score(data):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
-    return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, lambda: stop.told)]
+    references = {}
+    if FLAGS.method == "compress":  # How far the student has come on the way to its teacher.
+        references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
+    return [
+        knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)
+    ]
 
 
 def export(run):

@@ -10,6 +10,7 @@ from settings import FLAGS, PUBLISHED, RANDOM, teacher_kind
 import isd_tf
 from isd_tf.evaluation import features
 from isd_tf.serving.saved_encoder import load_encoder
+from isd_tf.training import initial_weights
 
 
 def load() -> keras.Model:
@@ -63,15 +64,7 @@ def _from_workdir():
 
 
 def _from_file():
-    try:
-        model = keras.models.load_model(FLAGS.teacher, compile=False)
-    except Exception as error:
-        raise ValueError(
-            f"The teacher {FLAGS.teacher} cannot be read as a Keras model: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    # A whole model of isd_tf has two encoders, another one is an encoder.
-    model = getattr(model, f"{FLAGS.teacher_encoder}_encoder", model)
+    model, _ = initial_weights.load_keras_encoder(FLAGS.teacher, FLAGS.teacher_encoder)
     if not hasattr(model, "input_shape"):
         raise ValueError(
             "A teacher must be a functional or sequential Keras model, which knows the shape of "

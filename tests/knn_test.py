@@ -117,6 +117,29 @@ def test_callback_scores_student_and_teacher_every_few_epochs():
     assert len(history.history["teacher_20nn"]) == 2 and len(history.history["loss"]) == 4
 
 
+def test_callback_scores_references_once_and_repeats_them():
+    encoder = isd_tf.build_encoder("tiny_resnet", 16, 4)
+    model = isd_tf.ISD(encoder, *isd_tf.isd_heads(16), queue_size=16)
+    images = np.random.default_rng(0).normal(size=(40, 16, 16, 3)).astype(np.float32)
+    data = tf.data.Dataset.from_tensor_slices((images, np.arange(40) % 2)).batch(8)
+    traced = []
+
+    def first_pixels(images):
+        traced.append(images.shape)
+        return knn.raw_pixels(images)[:, :3]
+
+    callback = knn.EvaluateKNN(data, data, 1, references={"first_pixels": first_pixels})
+    callback.set_model(model)
+    first, second = {}, {}
+    callback.on_epoch_end(0, first)
+    count = len(traced)
+    callback.on_epoch_end(1, second)
+    assert first["first_pixels_1nn"] == second["first_pixels_1nn"] == 1.0
+    assert first["first_pixels_20nn"] == second["first_pixels_20nn"] < 1
+    assert count and len(traced) == count  # Not asked again.
+    assert {"student_1nn", "teacher_1nn"} < second.keys()
+
+
 def test_rare_classes_are_also_scored_on_their_own():
     """Queries of class 0 find themselves, those of classes 1 and 2 each other's."""
     bank, labels = np.eye(3), np.array([0, 1, 2])

@@ -189,7 +189,7 @@ def others(trained, tmp_path_factory):
         (["--teacher=vit"], "the name of an encoder: resnet18, .*Received: vit"),
         (["--teacher={others}/empty"], "--teacher must be the workdir of a run, .*empty"),
         (["--teacher={others}/begun"], "must have a checkpoint to be a teacher.*begun"),
-        (["--teacher={others}/broken.keras"], "broken.keras cannot be read as a Keras model"),
+        (["--teacher={others}/broken.keras"], "broken.keras cannot be loaded as a Keras model"),
         (["--teacher={others}/grey.keras"], r"see the same images.*\(16, 16, 1\).*\(16, 16, 3\)"),
         (["--teacher={others}/map.keras"], "one vector of features"),
         (["--teacher={others}/served"], "signature `encode`.*served/1 with serve, serving_default"),

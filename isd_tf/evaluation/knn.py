@@ -147,6 +147,7 @@ class EvaluateKNN(keras.callbacks.Callback):
         bank, queries: as in `knn_accuracy`.
         every_epochs: how often.
         rare_labels: as in `knn_accuracy`.
+        references: what does not change, to stand beside them: scored once, repeated each time.
         hurried: asked again and again; once it says True, this epoch is left unscored. Of several
             workers only the chief scores and is asked: the others wait, and hear nothing.
     """
@@ -157,6 +158,7 @@ class EvaluateKNN(keras.callbacks.Callback):
         queries: Iterable,
         every_epochs: int,
         rare_labels: Collection[int] = (),
+        references: dict[str, Encoder] | None = None,
         hurried: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
@@ -164,14 +166,19 @@ class EvaluateKNN(keras.callbacks.Callback):
         self.queries = queries
         self.every_epochs = every_epochs
         self.rare_labels = rare_labels
+        self.references = references or {}
+        self.reference_scores = {}
         self.hurried = hurried
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every_epochs:
             return
+        encoders = self.model.encoders()
+        if not self.reference_scores:
+            encoders = self.references | encoders
         try:
             data = map(self._unless_hurried, (self.bank, self.queries))
-            scores = knn_accuracy(self.model.encoders(), *data, rare_labels=self.rare_labels)
+            scores = knn_accuracy(encoders, *data, rare_labels=self.rare_labels)
         except _HurriedError:
             print(f"Epoch {epoch + 1} is not scored: there is no time left.", flush=True)
             return
@@ -179,8 +186,13 @@ class EvaluateKNN(keras.callbacks.Callback):
             # A training is worth more than its curve; the evaluation after it will not be as mild.
             print(f"Epoch {epoch + 1} is not scored: {error}", flush=True)
             return
+        self.reference_scores |= {
+            name: score
+            for name, score in scores.items()
+            if name.startswith(tuple(f"{reference}_" for reference in self.references))
+        }
         if logs is not None:
-            logs.update(scores)
+            logs.update(self.reference_scores | scores)
 
     def _unless_hurried(self, batches):
         for batch in batches:
