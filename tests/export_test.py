@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 from tensorflow_serving.apis import prediction_log_pb2
 
 import isd_tf
+from isd_tf.data.pixels import open_image
 from isd_tf.views import augment
 
 RUNNER = pathlib.Path(__file__).parent / "saved_model_c_api.py"
@@ -115,6 +116,45 @@ def test_a_strict_request_fails_by_one_file_and_names_it(model, saved_model, fil
     assert_represents(outputs, model, views)
 
 
+def test_views_are_the_evaluations_to_the_bit_in_every_orientation(tmp_path):
+    """An encoder that returns its input shows what the real ones see."""
+    identity = keras.Sequential([keras.Input((SIZE, SIZE, 3)), keras.layers.Flatten()])
+    path = isd_tf.export_encoder(identity, SIZE, tmp_path / "models")
+    photos = [Image.fromarray(getattr(skimage.data, n)()) for n in ("coffee", "chelsea", "rocket")]
+    (tmp_path / "files").mkdir()
+    for tag in range(1, 9):
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = tag
+        for form in ("jpeg", "png", "webp"):
+            photo = photos[tag % 3].resize((100 + 7 * tag, 60))
+            photo.save(tmp_path / "files" / f"{form}{tag}.{form}", exif=turned, lossless=True)
+    outputs = run_c_api(path, "serving_bytes", tmp_path / "files", tmp_path)
+    assert outputs["valid"].all() and len(outputs["valid"]) == 24
+    train, _ = isd_tf.datasets.load("folder", "train", None, tmp_path / "files")
+    ((views, _),) = isd_tf.evaluation_batches(train, SIZE, len(train))
+    np.testing.assert_array_equal(outputs["features"], views.numpy().reshape(24, -1))
+    upright = np.stack([np.asarray(open_image((tmp_path / "files" / "png6.png").read_bytes()))] * 2)
+    outputs = run_c_api(path, "serving_default", upright, tmp_path)
+    place = sorted(file.name for file in (tmp_path / "files").iterdir()).index("png6.png")
+    for row in outputs["features"]:
+        np.testing.assert_array_equal(row, views[place].numpy().ravel())
+
+
+def test_a_mixed_precision_encoder_serves_float32(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        encoder = isd_tf.build_encoder("tiny_resnet", SIZE, 8)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    path = isd_tf.export_encoder(encoder, SIZE, tmp_path)
+    views = np.random.default_rng(1).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
+    outputs = run_c_api(path, "encode", views, tmp_path)
+    assert outputs["features"].dtype == outputs["embedding"].dtype == np.float32
+    expected = tf.cast(encoder(views, training=False), tf.float32).numpy()
+    np.testing.assert_allclose(outputs["features"], expected, rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(np.linalg.norm(outputs["embedding"], axis=1), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 70, 45), (1, 20, 33)])
 def test_tf_servings_loader_gives_the_encoders_features(model, saved_model, shape, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
@@ -136,6 +176,7 @@ def test_encode_takes_finished_views(model, saved_model, tmp_path):
         ("serving_default", np.zeros((0, 40, 40, 3), np.uint8), "needs images. Received none"),
         ("encode", np.zeros((1, 16, 16, 3), np.float32), "shape"),
         ("encode", np.zeros((0, SIZE, SIZE, 3), np.float32), "needs images. Received none"),
+        ("encode", np.full((1, SIZE, SIZE, 3), np.nan, np.float32), "must be finite"),
     ],
 )
 def test_what_is_no_image_is_refused_without_a_crash(

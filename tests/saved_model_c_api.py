@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 STRING = 7  # DataType of types.proto, as the others
-DTYPES = {1: np.dtype(np.float32), 4: np.dtype(np.uint8), 9: np.dtype(np.int64), 10: np.dtype(bool)}
+DTYPES = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.float64),
+    3: np.dtype(np.int32),
+    4: np.dtype(np.uint8),
+    9: np.dtype(np.int64),
+    10: np.dtype(bool),
+}
 STRING_BYTES = 24  # of a TF_TString
 TensorInfo = tuple[str, int]  # name in the graph ("operation:index") and DataType
 
@@ -120,8 +127,16 @@ def read_signatures(meta_graph: bytes) -> dict[str, tuple[dict, dict]]:
     return {name: (tensors(proto, 1), tensors(proto, 2)) for name, proto in signatures.items()}
 
 
+class SessionError(RuntimeError):
+    """What TensorFlow refuses, with its code, which is gRPC's."""
+
+    def __init__(self, action: str, code: int, message: str):
+        super().__init__(f"cannot {action}, TF_Code {code}: {message}")
+        self.code, self.message = code, message
+
+
 class SavedModel:
-    """A session of a SavedModel."""
+    """A session of a SavedModel, which several threads may run."""
 
     def __init__(self, folder: str):
         self.tf = load_library()
@@ -133,15 +148,21 @@ class SavedModel:
         )
         self._check(status, f"load {folder}")
         buffer = meta_graph.contents
-        self.signatures = read_signatures(ctypes.string_at(buffer.data, buffer.length))
+        self.meta_graph = ctypes.string_at(buffer.data, buffer.length)
+        self.signatures = read_signatures(self.meta_graph)
 
     def run(self, signature: str, value: np.ndarray | Sequence[bytes]) -> dict[str, np.ndarray]:
-        """Feed the one input of a signature, and return its outputs by name."""
+        """Feed the one input of a signature, and return its outputs by name.
+
+        An array of objects is one of bytes. Types and shapes are TensorFlow's to refuse.
+        """
         if signature not in self.signatures:
             raise RuntimeError(f"no signature {signature!r} among {sorted(self.signatures)}")
         inputs, outputs = self.signatures[signature]
-        ((source, dtype),) = inputs.values()
-        feeds, fetches = (Handle * 1)(self._tensor(value, dtype)), (Handle * len(outputs))()
+        ((source, _),) = inputs.values()
+        if not isinstance(value, np.ndarray):
+            value = np.array(value, object)
+        feeds, fetches = (Handle * 1)(self._tensor(value)), (Handle * len(outputs))()
         targets = (Output * len(outputs))(*(self._output(name) for name, _ in outputs.values()))
         status = self.tf.TF_NewStatus()
         self.tf.TF_SessionRun(
@@ -150,7 +171,7 @@ class SavedModel:
             targets, fetches, len(outputs),
             None, 0, None, status,
         )  # fmt: skip
-        self.tf.TF_DeleteTensor(feeds[0])
+        self._delete(feeds[0], value)
         self._check(status, f"run signature {signature!r}")
         results = {name: self._array(x) for name, x in zip(outputs, fetches, strict=True)}
         for fetch in fetches:
@@ -162,7 +183,7 @@ class SavedModel:
         message = message.decode(errors="replace")
         self.tf.TF_DeleteStatus(status)
         if code:
-            raise RuntimeError(f"cannot {action}, TF_Code {code}: {message}")
+            raise SessionError(action, code, message)
 
     def _output(self, name: str) -> Output:
         operation, index = name.rsplit(":", 1)
@@ -171,35 +192,40 @@ class SavedModel:
             raise RuntimeError(f"a signature names {name!r}, which is not in the graph")
         return Output(handle, int(index))
 
-    def _tensor(self, value: np.ndarray | Sequence[bytes], dtype: int) -> Handle:
-        is_array = isinstance(value, np.ndarray)
-        if (value.dtype if is_array else STRING) != DTYPES.get(dtype, dtype):
-            # no silent cast: the test must feed what a client sends
-            raise TypeError(f"a signature takes DataType {dtype}. Received: {type(value)}")
-        sides = value.shape if is_array else (len(value),)
-        size = value.nbytes if is_array else STRING_BYTES * len(value)
-        shape = (ctypes.c_int64 * len(sides))(*sides)
-        tensor = self.tf.TF_AllocateTensor(dtype, shape, len(sides), ctypes.c_size_t(size))
+    def _tensor(self, value: np.ndarray) -> Handle:
+        is_text = value.dtype == object
+        (dtype,) = [STRING] if is_text else [key for key, d in DTYPES.items() if d == value.dtype]
+        size = STRING_BYTES * value.size if is_text else value.nbytes
+        shape = (ctypes.c_int64 * value.ndim)(*value.shape)
+        tensor = self.tf.TF_AllocateTensor(dtype, shape, value.ndim, ctypes.c_size_t(size))
         data = self.tf.TF_TensorData(tensor)
-        if is_array:
+        if not is_text:
             ctypes.memmove(data, np.require(value, requirements="C").ctypes.data, size)
             return tensor
-        for i, text in enumerate(value):
-            place = Handle(data.value + STRING_BYTES * i)
+        for place, text in zip(self._places(tensor, value.size), value.ravel(), strict=True):
             self.tf.TF_StringInit(place)
             self.tf.TF_StringCopy(place, text, ctypes.c_size_t(len(text)))
         return tensor
+
+    def _places(self, tensor: Handle, count: int) -> list[Handle]:
+        data = self.tf.TF_TensorData(tensor)
+        return [Handle(data.value + STRING_BYTES * i) for i in range(count)]
+
+    def _delete(self, tensor: Handle, value: np.ndarray) -> None:
+        if value.dtype == object:  # The strings themselves lie elsewhere.
+            for place in self._places(tensor, value.size):
+                self.tf.TF_StringDealloc(place)
+        self.tf.TF_DeleteTensor(tensor)
 
     def _array(self, fetch: Handle) -> np.ndarray:
         shape = [self.tf.TF_Dim(fetch, axis) for axis in range(self.tf.TF_NumDims(fetch))]
         dtype, data = self.tf.TF_TensorType(fetch), self.tf.TF_TensorData(fetch)
         if dtype == STRING:
-            places = [Handle(data.value + STRING_BYTES * i) for i in range(int(np.prod(shape)))]
             strings = [
                 ctypes.string_at(
                     self.tf.TF_StringGetDataPointer(place), self.tf.TF_StringGetSize(place)
                 )
-                for place in places
+                for place in self._places(fetch, int(np.prod(shape)))
             ]
             return np.array(strings, "S").reshape(shape)
         result = np.empty(shape, DTYPES[dtype])

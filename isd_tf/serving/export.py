@@ -128,22 +128,40 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
             features = tf.cast(encoder(tf.identity(views), training=False), tf.float32)
         return {"features": features, "embedding": tf.math.l2_normalize(features, axis=1)}
 
+    def encode(views):
+        # Where NaN comes in, features come out that look like any: a rectifier makes it 0.
+        finite = tf.debugging.Assert(
+            tf.reduce_all(tf.math.is_finite(views)), ["Views must be finite. Received NaN or inf."]
+        )
+        with tf.control_dependencies([finite]):
+            return represent(tf.identity(views))
+
     def serve_images(images):
         # An image without its batch axis would otherwise crash the serving process.
         images = tf.ensure_shape(images, [None, None, None, 3])
         sides = tf.shape(images)[1:3]
         empty = ["Images must have pixels. Received height and width:", sides]
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(sides > 0), empty)]):
-            return represent(augment.evaluation_view(images, image_size))
+            # One by one, as the evaluation does it: as floats all at once would take 4 GB of 1.
+            cut = tf.map_fn(
+                centre_crop, images, fn_output_signature=tf.TensorSpec(batch[1:], tf.uint8)
+            )
+        return represent(finished(cut))
+
+    def centre_crop(image):
+        return crops.centre_crops(image[tf.newaxis], image_size)[0]
+
+    def finished(cut):
+        return augment.normalize(augment.to_unit_range(cut))
 
     def look_at(encoded):
-        image = decode(encoded, max_pixels, tuple(GRAPH_FORMATS))
-        return crops.centre_crops(image[tf.newaxis], image_size)[0]
+        return centre_crop(decode(encoded, max_pixels, tuple(GRAPH_FORMATS)))
 
     def views_of(files):
         """Views [N, S, S, 3] of files [N], and which of them could be read, bool [N]."""
         # A graph has no exceptions to catch; a dataset whose errors are ignored has. The row that
         # comes last is no image's, so that there is one.
+        files = tf.ensure_shape(files, [None])  # Else rows would be lost as if unreadable.
         count = tf.size(files, tf.int64)
         rows = tf.data.Dataset.range(count).map(
             tf.autograph.experimental.do_not_convert(lambda i: (i, look_at(files[i]))),
@@ -154,7 +172,7 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
         places, cut = rows.batch(count + 1).get_single_element()
         cut = tf.scatter_nd(places[:, tf.newaxis], cut, [count + 1, *batch[1:]])[:-1]
         valid = tf.reduce_any(places == tf.range(count)[:, tf.newaxis], axis=1)
-        return augment.normalize(augment.to_unit_range(cut)), valid
+        return finished(cut), valid
 
     def with_zeros(outputs, valid):
         """Rows of zeros for the images that could not be read."""
@@ -190,7 +208,7 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
         "serving_default": (serve_images, images),
         "serving_bytes": (serve_bytes, files),
         "serving_bytes_strict": (serve_bytes_strictly, files),
-        "encode": (represent, tf.TensorSpec(batch, tf.float32, name="views")),
+        "encode": (encode, tf.TensorSpec(batch, tf.float32, name="views")),
     }
     return signatures | ({"classify": (classify, files)} if classifier else {})
 
