@@ -1,11 +1,14 @@
 """The client against a real SavedModel behind TensorFlow Serving's protocols."""
 
 import base64
+import http.server
+import inspect
 import json
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +18,10 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+import yaml
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from PIL import Image
+from tensorflow_serving.config import model_server_config_pb2
 
 import isd_tf
 from isd_tf.views import augment
@@ -194,6 +200,75 @@ def test_a_server_that_says_nothing_is_given_up(scheme):
         address = f"{scheme}://localhost:{silent.getsockname()[1]}"
         with pytest.raises(client.ServingError, match="within 0.3 seconds. Raise --timeout"):
             client.connect(address, timeout=0.3).signatures()
+
+
+def test_a_server_that_is_busy_is_said_to_be():
+    """TensorFlow Serving's words when more batches wait than batching.config lets."""
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802 http.server's name.
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(b'{"error": "The batch scheduling queue is full"}')
+
+        def log_message(self, *_):
+            """Says nothing."""
+
+    with http.server.HTTPServer(("localhost", 0), Busy) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(client.ServingError, match="no room.*queue is full") as caught:
+            client.connect(f"http://localhost:{server.server_port}").signatures()
+    assert caught.value.status == "RESOURCE_EXHAUSTED"
+
+
+def batching_parameters():
+    """The message that batching.config holds, of session_bundle_config.proto, which no package has.
+
+    Its wrapped numbers have a field `value` of their own.
+    """
+    file = descriptor_pb2.FileDescriptorProto(name="batching.proto", syntax="proto3")
+    wrapped = file.message_type.add(name="Wrapped")
+    wrapped.field.add(name="value", number=1, type=3, label=1)
+    flag = file.message_type.add(name="Flag")
+    flag.field.add(name="value", number=1, type=8, label=1)
+    message = file.message_type.add(name="BatchingParameters")
+    numbers = {
+        "max_batch_size": 1,
+        "batch_timeout_micros": 2,
+        "max_enqueued_batches": 3,
+        "num_batch_threads": 4,
+        "max_execution_batch_size": 9,
+    }
+    for name, number in numbers.items():
+        message.field.add(name=name, number=number, type=11, label=1, type_name=".Wrapped")
+    message.field.add(
+        name="enable_large_batch_splitting", number=8, type=11, label=1, type_name=".Flag"
+    )
+    message.field.add(name="pad_variable_length_inputs", number=7, type=8, label=1)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("BatchingParameters"))()
+
+
+def test_the_servers_configuration_is_what_it_takes():
+    text = (CLIENT.parent / "batching.config").read_text()
+    batching = text_format.Parse(text, batching_parameters())
+    largest, batch = batching.max_batch_size.value, batching.max_execution_batch_size.value
+    # What the server checks at its start, and that the largest request has room.
+    assert batching.enable_large_batch_splitting.value and largest >= batch > 0
+    assert batching.max_enqueued_batches.value >= largest / batch
+    assert not batching.pad_variable_length_inputs
+    text = (CLIENT.parent / "models.config").read_text()
+    config = text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    (model,) = config.model_config_list.config
+    assert model.name == inspect.signature(client.connect).parameters["model"].default
+    deployment, service = yaml.safe_load_all((CLIENT.parent / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    cores = int(container["resources"]["requests"]["cpu"])
+    assert cores == batching.num_batch_threads.value
+    probe = container["readinessProbe"]["httpGet"]["path"]
+    assert probe == f"/v1/models/{model.name}/metadata"
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
 
 
 def test_mistakes_end_in_a_sentence(ports, tmp_path):

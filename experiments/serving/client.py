@@ -135,6 +135,8 @@ def _read(path):
 def _error(status, reason, address, model, timeout):
     """What went wrong, in sentences."""
     reason = str(reason).partition("\n\t [[")[0].strip()  # Behind it names of the graph's nodes.
+    if status == "UNAVAILABLE" and "queue" in reason:  # That of --enable_batching is full.
+        status = "RESOURCE_EXHAUSTED"
     text = {
         "UNAVAILABLE": f"No server of this protocol answers at {address}: {reason}. Is "
         "tensorflow_model_server running, and this its port (usually 8501 for REST, 8500 for "

@@ -192,7 +192,8 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
             "read, counted from 0:",
             tf.where(~valid)[:, 0],
         ]
-        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(valid), message)]):
+        all_valid = tf.debugging.Assert(tf.reduce_all(valid), message, summarize=1000)
+        with tf.control_dependencies([all_valid]):
             return represent(views)
 
     def classify(image_bytes):
