@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -159,7 +160,10 @@ class Rest:
 
     def signatures(self) -> dict[str, list[str]]:
         answer = self._request("/metadata")
-        signatures = answer["metadata"]["signature_def"]["signature_def"]
+        try:
+            signatures = answer["metadata"]["signature_def"]["signature_def"]
+        except (KeyError, TypeError):
+            raise self._error("UNAVAILABLE", "its answer is not TensorFlow Serving's") from None
         # One of TensorFlow's own, __saved_model_init_op, takes nothing.
         return {
             name: sorted(definition.get("inputs", ())) for name, definition in signatures.items()
@@ -172,7 +176,7 @@ class Rest:
         return {name: _from_json(value) for name, value in outputs.items()}
 
     def _request(self, what, body=None):
-        url = f"{self.address}/v1/models/{self.model}{what}"
+        url = f"{self.address}/v1/models/{urllib.parse.quote(self.model, safe='')}{what}"
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
