@@ -75,6 +75,17 @@ def bmp(bits, rows, height=30, head=40, compression=0, palette=b""):
     return struct.pack("<2sIHHI", b"BM", begin + len(rows), 0, 0, begin) + core + palette + rows
 
 
+def gif_with_broken_second_frame():
+    moving = save(
+        convert("RGB").quantize(16),
+        "GIF",
+        save_all=True,
+        append_images=[Image.new("P", (40, 30), 1)],
+    )
+    second = moving.rindex(b"\x2c\0\0\0\0")
+    return moving[: second + 5] + b"\xff" * 300
+
+
 def gif_with_small_frame():
     whole = bytearray(save(Image.new("L", (40, 30), 9), "GIF"))
     whole[6:10] = struct.pack("<HH", 60, 50)  # The picture is larger than its first frame.
@@ -183,6 +194,7 @@ FORMS = {
     "gif, comment": (save(PALETTE, "GIF", comment=b"x" * 300), IN_GRAPH),
     "gif, transparent": (save(PALETTE, "GIF", transparency=3), IN_GRAPH),
     "gif, transparent, moving": (save(RGBA, "GIF", **MOVING), IN_GRAPH),
+    "gif, broken second frame": (gif_with_broken_second_frame(), IN_GRAPH),
     "gif, small frame": (gif_with_small_frame(), ELSEWHERE),
     "bmp": (save(SCENE, "BMP"), IN_GRAPH),
     "bmp, grey": (save(convert("L"), "BMP"), ELSEWHERE),

@@ -319,10 +319,12 @@ def _decode_gif(encoded, max_pixels):
     def palette_size(flags):
         return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(np.int64(2), flags % 8), 0)
 
+    data = tf.io.decode_raw(encoded, tf.uint8)
+
     def skip(at):
         """Past the blocks, each led by its length, that begin at a place."""
-        body = lambda at: [at + _number(encoded, at, 1) + 1]  # noqa: E731
-        (at,) = tf.while_loop(lambda at: _number(encoded, at, 1) > 0, body, [at])
+        body = lambda at: [at + tf.cast(tf.gather(data, at), tf.int64) + 1]  # noqa: E731
+        (at,) = tf.while_loop(lambda at: tf.gather(data, at) > 0, body, [at])
         return at + 1
 
     def extension(at, control):
@@ -356,6 +358,9 @@ def _decode_gif(encoded, max_pixels):
     covered = _require(whole, "Expected a GIF whose first frame covers it.")
     with covered, _require_size(width, height, max_pixels):
         encoded = tf.cond(transparent, with_white_entry, lambda: encoded)
+        # TensorFlow would unpack all frames before it takes the first: gigabytes of a small file.
+        pixels = at + 11 + tf.where(frame_flags >= 128, palette_size(frame_flags), 0)
+        encoded = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
 
