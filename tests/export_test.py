@@ -167,6 +167,19 @@ def test_encode_takes_finished_views(model, saved_model, tmp_path):
     assert_represents(run_c_api(saved_model, "encode", views, tmp_path), model, views)
 
 
+def test_encode_converts_to_tflite_as_documented(saved_model, tmp_path, monkeypatch):
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?TFLiteConverter.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("runs/quickstart/saved_model/1", saved_model))
+    views = np.random.default_rng(1).normal(size=(3, SIZE, SIZE, 3)).astype(np.float32)
+    run = tf.lite.Interpreter("encoder.tflite").get_signature_runner("encode")
+    converted = run(views=views)
+    expected = tf.saved_model.load(saved_model).signatures["encode"](views=views)
+    for name in ("features", "embedding"):
+        np.testing.assert_allclose(converted[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "signature, value, reason",
     [
