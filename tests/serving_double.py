@@ -3,14 +3,15 @@
     python tests/serving_double.py MODEL_BASE_PATH MODEL_NAME
 
 Serves the folder's newest version on two free ports of this machine, prints them as JSON, and ends
-when its standard input does. Every line of standard input is answered by the process's resident
-memory in bytes. The SavedModel runs in TensorFlow's C API, which uses TF Serving's loader; none of
+when its standard input does. Every line of that is answered by the bytes that the process holds in
+memory. The SavedModel runs in TensorFlow's C API, which uses TF Serving's loader; none of
 TensorFlow's Python is imported. Statuses, messages and JSON are those of tensorflow/serving: its
 json_tensor.cc, http_rest_api_handler.cc, http_server.cc and predict_util.cc.
 """
 
 import base64
 import binascii
+import ctypes
 import http.server
 import importlib.util
 import json
@@ -327,6 +328,7 @@ def main(base_path, name):
     threading.Thread(target=rest_server.serve_forever, daemon=True).start()
     print(json.dumps({"grpc": grpc_port, "rest": rest_server.server_port}), flush=True)
     for _ in sys.stdin:
+        ctypes.CDLL(None).malloc_trim(0)  # What is free is no leak.
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         print(pages * os.sysconf("SC_PAGE_SIZE"), flush=True)
     if "tensorflow.python" in sys.modules:

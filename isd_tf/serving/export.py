@@ -151,8 +151,12 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
     def centre_crop(image):
         return crops.centre_crops(image[tf.newaxis], image_size)[0]
 
+    # Looked up: a server's graph is optimised, and divisions then come out different in last bits.
+    levels = tf.tile(tf.range(256)[:, tf.newaxis], [1, 3])[tf.newaxis]
+    normalised = augment.normalize(augment.to_unit_range(tf.cast(levels, tf.uint8))).numpy().ravel()
+
     def finished(cut):
-        return augment.normalize(augment.to_unit_range(cut))
+        return tf.gather(normalised, 3 * tf.cast(cut, tf.int32) + tf.range(3))
 
     def look_at(encoded):
         return centre_crop(decode(encoded, max_pixels, tuple(GRAPH_FORMATS)))
