@@ -30,7 +30,7 @@ import client  # noqa: E402
 SIZE = 32
 REQUESTS, AT_ONCE, WARM_UP = 2000, 8, 500
 # What the server may hold more at the end than after the first 500 requests, in bytes.
-GROWTH = 32_000_000
+GROWTH = 10_000_000
 
 
 def encoded(image, form):
