@@ -523,9 +523,7 @@ def knn_callback(run, stop):
     references = {}
     if FLAGS.method == "compress":  # How far the student has come on the way to its teacher.
         references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
-    return [
-        knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)
-    ]
+    return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)]
 
 
 def export(run):
