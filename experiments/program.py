@@ -41,6 +41,21 @@ def run(main: Callable[[], None]) -> None:
     app.run(in_sentences, argv=sys.argv[:1], flags_parser=lambda arguments: arguments)
 
 
+@contextlib.contextmanager
+def in_sentences() -> Iterator[None]:
+    """Ends errors in one sentence, in a program that has flags of its own; Ctrl-C without one."""
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues.", file=sys.stderr, flush=True)
+        sys.exit(130)  # As shells have it: 128 + SIGINT.
+    except Exception as error:
+        logging.debug("Where this was found:", exc_info=error)
+        print(f"{name}: {printable(sentence(error))}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
 def prepare() -> None:
     """Comes first in every program.
 

@@ -31,26 +31,31 @@ def locked(path: str, strategy: tf.distribute.Strategy) -> Iterator[pathlib.Path
     with contextlib.ExitStack() as until_the_end:
         with cluster.failing_together(strategy):
             if cluster.is_chief(strategy):
-                until_the_end.enter_context(_lock(workdir))
+                until_the_end.enter_context(lock(workdir))
         _require_shared(workdir, strategy)
         yield workdir
 
 
 @contextlib.contextmanager
-def _lock(workdir):
+def lock(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """Makes a folder, if it is missing, and keeps other processes out of it.
+
+    Raises:
+        OSError: when it cannot be written, or is in use.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "w")
     except OSError as error:
         raise OSError(
-            f"--workdir must be a folder that can be written. Received: {workdir} ({error})."
+            f"{flag} must be a folder that can be written. Received: {workdir} ({error})."
         ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"Another process is at work in {workdir}. Wait for it, or use another --workdir."
+                f"Another process is at work in {workdir}. Wait for it, or use another {flag}."
             ) from None
         yield
 

@@ -51,6 +51,10 @@ def without_tensorflow(tmp_path):
         ("data_service.py", ["--help"], "--role=worker --dispatcher=HOST:5000"),
         ("data_service.py", ["--role=cook"], "invalid choice: 'cook'"),
         ("data_service.py", ["--role=worker"], "A worker needs --dispatcher=HOST:PORT"),
+        ("embed.py", ["--help"], "usage: python experiments/embed.py --images=photos"),
+        ("embed.py", ["--images=x"], "arguments are required: --model, --out"),
+        ("search.py", ["--help"], "usage: python experiments/search.py --embeddings=embedded"),
+        ("search.py", ["--embeddings=x"], "one of the arguments --query --row"),
     ],
 )
 def test_help_and_mistakes_are_answered_without_tensorflow(
@@ -63,7 +67,11 @@ def test_help_and_mistakes_are_answered_without_tensorflow(
 
 
 @pytest.mark.parametrize(
-    "module", ["data_service", "evaluations", "flagfiles", "launch", "program", "settings"]
+    "module",
+    [
+        *("data_service", "embed", "evaluations", "flagfiles", "launch", "program", "search"),
+        *("search_results", "settings"),
+    ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):
     """workdirs.py is evaluations.py's first import, and run.py that of most tests."""
@@ -120,7 +128,9 @@ def test_what_is_said_of_a_gpu_that_cannot_be_used_is_shown(importing):
     assert stderr.endswith("said at the import\nno GPU\nsaid afterwards\n")
 
 
-@pytest.mark.parametrize("program", ["run.py", "launch.py", "data_service.py"])
+@pytest.mark.parametrize(
+    "program", ["run.py", "launch.py", "data_service.py", "embed.py", "search.py"]
+)
 def test_windows_is_refused_in_a_sentence(program):
     code = (
         "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = [sys.argv[1], '--help']\n"

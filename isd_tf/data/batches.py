@@ -14,13 +14,15 @@ from typing import NamedTuple
 import grpc  # TensorFlow depends on it.
 import tensorflow as tf
 
-from isd_tf.data.datasets import Dataset, is_labelled
+from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled
 from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.data.readers import (
+    GROUP,
     READERS,
     CentreCrop,
     Order,
     RandomCrops,
+    SizedCentreCrop,
     as_it_stands,
     in_own_order,
     mapped,
@@ -181,6 +183,42 @@ def numbered_batches(
         return places, augment.normalize(augment.to_unit_range(crops[0])), labels
 
     return mapped(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
+
+
+def sized_batches(
+    dataset: Dataset, image_size: int, batch_size: int, unreadable: Unreadable | None = None
+) -> tf.data.Dataset:
+    """Makes `numbered_batches` of fixed places of the dataset, and says how large images are.
+
+    Batch i has places i * batch_size to (i + 1) * batch_size, and fewer images, or none, where
+    some cannot be read: what an image shares its batch with depends on no image of another one.
+
+    Args:
+        dataset, image_size, unreadable: as in `numbered_batches`.
+        batch_size: places of a batch, a multiple of GROUP; the last may have fewer.
+
+    Returns:
+        Tuples of places [b], views and labels, and int32 [b, 2], width and height of the upright
+        images.
+
+    Raises:
+        ValueError: for another batch size.
+    """
+    if batch_size < 1 or batch_size % GROUP:
+        raise ValueError(f"batch_size must be a multiple of {GROUP}. Received: {batch_size}.")
+    seen = in_own_order(dataset, SizedCentreCrop(image_size), unreadable, batch_size)
+    if not isinstance(dataset, ArrayDataset):
+        # Groups of as many places, of as many images as could be read.
+        seen = mapped(
+            seen.ragged_batch(batch_size // GROUP),
+            lambda *parts: tf.nest.map_structure(lambda part: part.merge_dims(0, 1), parts),
+        )
+
+    def finish(places, crops_and_sizes, labels):
+        crops, sizes = crops_and_sizes
+        return places, augment.normalize(augment.to_unit_range(crops)), labels, sizes
+
+    return mapped(seen, finish).prefetch(PREFETCHED_BATCHES)
 
 
 def numbered_views(

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -169,6 +170,58 @@ def load(
     if name == "list":
         return _load_list(image_list, data_dir), None
     return _load_tfds(name, train_split, test_split, data_dir)
+
+
+def load_collection(images: str, split: str = "train", data_dir: str | None = None) -> Dataset:
+    """Opens images that are no training or test part of anything.
+
+    Args:
+        images: a folder, of which all images are taken, whose subfolders are the classes if no
+            image lies beside them; a list's path; or tfds:NAME, NAME as `load` takes it.
+        split: of tfds:NAME.
+        data_dir: as in `load`, of a list or tfds:NAME.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; and for a folder that holds such parts.
+    """
+    if images.startswith("tfds:"):
+        return load(images.removeprefix("tfds:"), split, data_dir=data_dir)[0]
+    if os.path.isfile(images):
+        return load("list", image_list=images, data_dir=data_dir)[0]
+    if not os.path.isdir(images):
+        raise FileNotFoundError(
+            "Images must be a folder, a list in a file, or tfds:NAME. Received: "
+            f"{shown(images)}, which does not exist."
+        )
+    found = folders.scan(images, labelled=True)
+    parts = {n for n in found.classes or () if folders.LOOKS_LIKE_A_SPLIT.fullmatch(n)}
+    if parts and parts == set(found.classes):
+        names = sorted(parts)
+        raise ValueError(
+            f"{shown(images)} holds parts of a dataset: {', '.join(map(shown, names))}. Name one "
+            f"of them, such as {shown(os.path.join(images, names[0]))}."
+        )
+    return _open_folder(images, found)
+
+
+def names_of(dataset: Dataset, rows: Sequence[int]) -> list[str]:
+    """Returns what each of some images is called: its path, or its place in what holds it."""
+    if isinstance(dataset, FileDataset):
+        return [dataset.paths[row] for row in rows]
+    if isinstance(dataset, ArrayDataset):
+        return [f"{dataset.name}, image {row}" for row in rows]
+    places = np.arange(sum(dataset.takes))
+    if dataset.kept is not None:
+        places = np.flatnonzero(dataset.kept)
+    places = places[rows]
+    ends = np.cumsum(dataset.takes)
+    shards = np.searchsorted(ends, places, side="right")
+    indices = places - (ends - dataset.takes)[shards] + np.array(dataset.skips)[shards]
+    # As `readers` names the records that it cannot read.
+    return [
+        f"{dataset.files[shard]}, record {index}"
+        for shard, index in zip(shards, indices, strict=True)
+    ]
 
 
 def describe(dataset: Dataset) -> str:

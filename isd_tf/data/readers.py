@@ -39,8 +39,8 @@ class RandomCrops(NamedTuple):
     view_seeds: tuple[int, ...]
 
     @property
-    def views(self):
-        return len(self.view_seeds)
+    def nothing(self):
+        return tuple(tf.zeros([0, self.size, self.size, 3], tf.uint8) for _ in self.view_seeds)
 
     def seeds(self, places):
         """For each view int64 [n, 2] of places [n]."""
@@ -61,13 +61,29 @@ class CentreCrop(NamedTuple):
     """The evaluation view's crop."""
 
     size: int
-    views: int = 1
+
+    @property
+    def nothing(self):
+        return (tf.zeros([0, self.size, self.size, 3], tf.uint8),)
 
     def draws(self, places):
         return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
 
     def __call__(self, images, draws):
         return (crops.centre_crops(images, self.size),)
+
+
+class SizedCentreCrop(CentreCrop):
+    """The evaluation view's crop, and beside it int32 [n, 2], width and height of the image."""
+
+    @property
+    def nothing(self):
+        return *super().nothing, tf.zeros([0, 2], tf.int32)
+
+    def __call__(self, images, draws):
+        count, height, width = tf.unstack(tf.shape(images)[:3])
+        sizes = tf.tile([[width, height]], [count, 1])
+        return *super().__call__(images, draws), sizes
 
 
 def in_own_order(dataset, look, unreadable, batch_size):
@@ -154,7 +170,7 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
     count = tf.size(places, tf.int64)
-    empty = tuple(tf.zeros([0, look.size, look.size, 3], tf.uint8) for _ in range(look.views))
+    empty = look.nothing
     first = tf.constant(0, tf.int64)
 
     def look_at(i):
@@ -179,7 +195,7 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
         seen = tf.cond(
             readable,
             lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
-            lambda: tuple(tf.zeros([1, look.size, look.size, 3], tf.uint8) for _ in empty),
+            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in empty),
         )
         return tuple(x[0] for x in seen), label, readable
 
@@ -188,14 +204,14 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
             message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
             with tf.control_dependencies([tf.debugging.Assert(False, message)]):
                 return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
-        types = (tuple(tf.uint8 for _ in empty), tf.int64, tf.bool)
+        types = (tuple(x.dtype for x in empty), tf.int64, tf.bool)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
     all_at_once = tf.size(labels) > 0
     seen, labels, readable = tf.cond(
         all_at_once, lambda: (seen, labels, tf.fill([count], True)), each
     )
-    seen = tuple(tf.ensure_shape(x, [None, look.size, look.size, 3]) for x in seen)
+    seen = tuple(tf.ensure_shape(x, [None, *e.shape[1:]]) for x, e in zip(seen, empty, strict=True))
     labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
     return seen, labels, readable, all_at_once
 

@@ -1,0 +1,268 @@
+"""Embeds a collection by a SavedModel: reads, encodes and writes at the same time."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from isd_tf.data import datasets, subsets
+from isd_tf.data.batches import sized_batches
+from isd_tf.data.datasets import Dataset, FileDataset
+from isd_tf.data.decoding import Unreadable
+from isd_tf.data.folders import shown
+from isd_tf.data.pixels import MAX_PIXELS
+from isd_tf.data.readers import GROUP
+from isd_tf.serving.collection import SHARD_IMAGES, Collection, Shard, Skipped
+from isd_tf.serving.export import MODEL_CARD
+
+SIGNATURE = "encode"
+# Images that are encoded at a time. Of more, the activations of a large network leave the caches.
+BATCH = 64
+
+
+class SavedEncoder(NamedTuple):
+    """An encoder that `export_encoder` has written."""
+
+    name: str
+    sha256: str  # of its weights and the image size
+    image_size: int  # S
+    dimension: int  # D
+    max_pixels: int
+    embed: Callable[[tf.Tensor], tf.Tensor]  # views [b, S, S, 3] to unit rows [b, D]
+
+
+def load_encoder(path: str | os.PathLike) -> SavedEncoder:
+    """Loads a SavedModel, or of a folder of versions the newest.
+
+    Raises:
+        FileNotFoundError: when there is none, or no model card in it.
+        ValueError: when it has no signature that takes what the card says.
+    """
+    path = _newest_version(pathlib.Path(path))
+    loaded = tf.saved_model.load(str(path))
+    if SIGNATURE not in loaded.signatures:
+        raise ValueError(
+            f"The SavedModel needs the signature {SIGNATURE}, which takes views. Received: "
+            f"{shown(str(path))}, with {', '.join(loaded.signatures) or 'none'}. Export the "
+            "encoder again."
+        )
+    if not (path / MODEL_CARD).exists():
+        raise FileNotFoundError(
+            f"{shown(str(path))} has no {MODEL_CARD}, which says how it takes images. Export the "
+            "encoder by --stages=export of run.py."
+        )
+    card = json.loads((path / MODEL_CARD).read_text())
+    size = card["input"]["image_size"]
+    encode = loaded.signatures[SIGNATURE]
+    (argument,) = encode.structured_input_signature[1].values()
+    if argument.shape.as_list() != [None, size, size, 3]:
+        raise ValueError(
+            f"The signature {SIGNATURE} of {shown(str(path))} must take views of the {size} x "
+            f"{size} pixels that its {MODEL_CARD} tells of. Received: {argument.shape}."
+        )
+
+    def embed(views):
+        # `loaded` has the variables, which live as long as it.
+        return loaded.signatures[SIGNATURE](**{argument.name: views})["embedding"]
+
+    digest = hashlib.sha256(f"views of {size}".encode())
+    # All values, and no names, which Keras counts up.
+    weights = tf.train.load_checkpoint(str(path / "variables" / "variables"))
+    for key, shape in sorted(weights.get_variable_to_shape_map().items()):
+        if key != "_CHECKPOINTABLE_OBJECT_GRAPH":
+            digest.update(repr(shape).encode() + weights.get_tensor(key).tobytes())
+    return SavedEncoder(
+        card["encoder"],
+        digest.hexdigest(),
+        size,
+        encode.structured_outputs["embedding"].shape[-1],
+        card["input"].get("max_pixels", MAX_PIXELS),
+        embed,
+    )
+
+
+def _newest_version(path):
+    if (path / "saved_model.pb").exists():
+        return path
+    versions = [p for p in path.glob("*/saved_model.pb") if p.parent.name.isdigit()]
+    if not versions:
+        raise FileNotFoundError(
+            "Expected a SavedModel, or a folder of its versions as run.py --stages=export writes "
+            f"it. Received: {shown(str(path))}, "
+            + ("which holds none." if path.is_dir() else "which does not exist.")
+        )
+    return max((p.parent for p in versions), key=lambda version: int(version.name))
+
+
+def begin(
+    folder: str | os.PathLike,
+    encoder: SavedEncoder,
+    dataset: Dataset,
+    source: dict | None = None,
+    shard_images: int = SHARD_IMAGES,
+) -> Collection:
+    """Makes the folder for a dataset's embeddings, or finds what was begun in it.
+
+    Args:
+        folder: the output.
+        encoder, dataset: what is to be embedded, and by what.
+        source: what else is known of the images: how to open them again.
+        shard_images: of a shard, a multiple of BATCH.
+
+    Raises:
+        ValueError: for a dataset without images, or another number of them in a shard.
+        FileExistsError, OSError: as `Collection.begin`.
+    """
+    if not len(dataset):
+        raise ValueError(f"There are no images in {dataset.name}.")
+    if shard_images < 1 or shard_images % BATCH:
+        raise ValueError(f"shard_images must be a multiple of {BATCH}. Received: {shard_images}.")
+    images = {"name": dataset.name, "sha256": _digest(dataset)} | (source or {})
+    about = {
+        "images": images,
+        "model": {
+            "name": encoder.name,
+            "sha256": encoder.sha256,
+            "image_size": encoder.image_size,
+        },
+        "count": len(dataset),
+        "dimension": encoder.dimension,
+        "shard_images": shard_images,
+    }
+    return Collection.begin(folder, about)
+
+
+def _digest(dataset):
+    """Which images in which order, and their labels; of files, where they are."""
+    digest = hashlib.sha256(datasets.fingerprint(dataset).encode())
+    if isinstance(dataset, FileDataset):
+        digest.update(b"\0".join(map(os.fsencode, _written_names(dataset, dataset.paths))))
+    return digest.hexdigest()
+
+
+def _written_names(dataset, names):
+    # Whoever reads them may do so from another folder.
+    return [os.path.abspath(n) for n in names] if isinstance(dataset, FileDataset) else names
+
+
+def embed_shards(
+    encoder: SavedEncoder,
+    dataset: Dataset,
+    collection: Collection,
+    numbers: Sequence[int],
+    progress: Callable[[int, int], None] = lambda images, skipped: None,
+) -> None:
+    """Embeds some shards of a collection, and writes each as soon as it is done.
+
+    A batch is of the same images whichever shards are asked for, so that each comes out the same.
+
+    Args:
+        encoder, dataset, collection: as in `begin`.
+        numbers: of the shards, in rising order.
+        progress: is told how many images are done, and how many of them were skipped.
+
+    Raises:
+        ValueError: when embeddings are not finite.
+        OSError: when a shard cannot be written.
+    """
+    if not numbers:
+        return
+    rows = np.concatenate([collection.rows_of(number) for number in numbers])
+    unreadable = _Noted(len(dataset), encoder.max_pixels)
+    part = dataset if len(rows) == len(dataset) else subsets.take(dataset, rows, "the rest")
+    batches = iter(sized_batches(part, encoder.image_size, BATCH, unreadable))
+    done, skipped = 0, 0
+    # One shard is written while the next one is embedded.
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+        writing = None
+        for number in numbers:
+            end, parts = done + len(collection.rows_of(number)), []
+            while done < end:
+                places, views, labels, sizes = next(batches)
+                begun, done = done, min(done + BATCH, end)
+                skipped += done - begun - len(places)
+                if len(places):
+                    parts.append((places, encoder.embed(views), sizes, labels))
+                progress(done, skipped)
+            if writing:
+                writing.result()
+            writing = writer.submit(_write, collection, number, dataset, rows, parts, unreadable)
+        writing.result()
+
+
+def embed_file(encoder: SavedEncoder, path: str) -> np.ndarray:
+    """Returns the embedding of an image file, a unit row [1, D].
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    unreadable = _Noted(1, encoder.max_pixels)
+    dataset = FileDataset(shown(path), (path,))
+    for places, views, *_ in sized_batches(dataset, encoder.image_size, GROUP, unreadable):
+        if len(places):
+            return encoder.embed(views).numpy()
+    raise ValueError(f"Cannot read the image {shown(path)}: {unreadable.reasons[path]}.")
+
+
+class _Noted(Unreadable):
+    """Keeps the reasons for the list; there is no limit, and no line of the log for each."""
+
+    def __init__(self, total, max_pixels):
+        super().__init__(total, 1.0, max_pixels=max_pixels)
+        self.reasons = {}
+
+    def add(self, name, reason, place):
+        self.reasons[name] = reason
+        return False
+
+    def check(self, place):
+        pass
+
+
+def _write(collection, number, dataset, rows, parts, unreadable):
+    wanted = collection.rows_of(number)
+    found, embeddings, sizes, labels = (
+        np.concatenate([np.asarray(values) for values in column])
+        for column in zip(*(parts or [_nothing(collection)]), strict=True)
+    )
+    found = rows[found]  # Places in the part that was asked for to rows of all.
+    if not np.isfinite(embeddings).all():
+        raise ValueError(
+            f"The embeddings of {collection.about['model']['name']} must be finite. Received NaN "
+            "or infinity: its weights or BatchNorm statistics have diverged."
+        )
+    names = datasets.names_of(dataset, wanted)
+    read, written = set(found), dict(zip(wanted, _written_names(dataset, names), strict=True))
+    skipped = [
+        Skipped(row, written[row], unreadable.reasons[name])
+        for row, name in zip(wanted, names, strict=True)
+        if row not in read
+    ]
+    collection.write_shard(
+        number,
+        Shard(
+            [written[row] for row in found],
+            embeddings,
+            sizes,
+            [_class_name(dataset, label) for label in labels],
+            skipped,
+        ),
+    )
+
+
+def _nothing(collection):
+    none = np.zeros(0, np.int64)
+    return none, np.zeros([0, collection.about["dimension"]]), np.zeros([0, 2]), none
+
+
+def _class_name(dataset, label):
+    if label < 0:
+        return None
+    name = dataset.class_names[label] if dataset.class_names else str(label)
+    return name.encode("utf-8", "backslashreplace").decode()
