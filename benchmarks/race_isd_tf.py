@@ -50,7 +50,7 @@ def neighbors(variant, sizes, folder):
     bank, queries = np.load(f"{folder}/bank.npy"), np.load(f"{folder}/queries.npy")
 
     def search():
-        nearest = knn.NearestNeighbors(queries, sizes["k"])
+        nearest = knn._NearestNeighbors(queries, sizes["k"])
         for first in range(0, len(bank), knn.BANK_CHUNK):
             nearest.add(bank[first : first + knn.BANK_CHUNK])
         return nearest.rows

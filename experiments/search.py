@@ -111,7 +111,7 @@ def find_nearest(settings, collection):
         encoder = embed.load_encoder(settings.model)
         require_same_model(collection, encoder.sha256, f"--model={settings.model}")
         query = embed.embed_file(encoder, settings.query)
-        rows, similarities = engine(embeddings, query, k)
+        rows, similarities = engine(query, embeddings, k)
         asked = Picture(None, settings.query, "the query")
         name = f"nearest_to_{re.sub(r'[^A-Za-z0-9_-]', '_', pathlib.Path(settings.query).stem)}"
     else:
@@ -175,7 +175,7 @@ def find_shared(settings, collection, other):
     )
     embeddings, threshold = collection.embeddings(), settings.near_duplicates
     engine = search.ENGINES[settings.engine]
-    theirs, similarities = (x[:, 0] for x in engine(other.embeddings(), embeddings, 1))
+    theirs, similarities = (x[:, 0] for x in engine(embeddings, other.embeddings(), 1))
     order = (-similarities).argsort(kind="stable")
     rows = order[similarities[order] >= threshold - search.ROUNDING]
     theirs, similarities = theirs[rows], similarities[rows]

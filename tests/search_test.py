@@ -36,15 +36,16 @@ for i, row in enumerate((30, 31, 32, 33)):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """So that few rows take several blocks, the last one in part."""
-    for name, value in {"BLOCK": 16, "BANK_CHUNK": 32, "QUERIES": 40}.items():
-        monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(search, "BLOCK", 16)
+    monkeypatch.setattr(search, "QUERIES", 40)
+    monkeypatch.setattr(search.knn, "BANK_CHUNK", 32)
 
 
 @pytest.mark.parametrize("engine", search.ENGINES.values())
 @pytest.mark.parametrize("k", [1, 5, 200])
 def test_nearest_are_those_of_brute_force(engine, k):
     queries = unit(RANDOM.normal(size=(50, 7))).astype(np.float32)
-    rows, similarities = engine(ROWS, queries, k)
+    rows, similarities = engine(queries, ROWS, k)
     expected = queries @ ROWS.T
     np.testing.assert_array_equal(rows, np.argsort(-expected, axis=1)[:, :k])
     np.testing.assert_allclose(similarities, -np.sort(-expected, axis=1)[:, :k], atol=1e-6)
@@ -53,13 +54,13 @@ def test_nearest_are_those_of_brute_force(engine, k):
 @pytest.mark.parametrize("engine", search.ENGINES.values())
 def test_queries_of_another_dimension_are_refused(engine):
     with pytest.raises(ValueError, match="must have the 7 numbers .* Received: 6"):
-        engine(ROWS, ROWS[:2, :6], 1)
+        engine(ROWS[:2, :6], ROWS, 1)
 
 
 def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ModuleNotFoundError, match="pip install faiss-cpu"):
-        search.nearest_by_faiss(ROWS, ROWS[:1], 1)
+        search.nearest_by_faiss(ROWS[:1], ROWS, 1)
 
 
 def test_a_row_is_not_its_own_neighbour_even_among_many_that_are_the_same():

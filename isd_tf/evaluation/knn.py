@@ -65,7 +65,7 @@ def knn_accuracy(
     labels = np.concatenate([chunk_labels for _, chunk_labels in query_chunks])
     require_labels(labels, "queries")
     searches = {
-        name: NearestNeighbors(
+        name: _NearestNeighbors(
             unit_rows(np.concatenate([features[name] for features, _ in query_chunks])),
             max(neighbors),
         )
@@ -116,7 +116,7 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, 
             f"The bank must have {k} rows of {queries.shape[1]} numbers or more. Received: "
             f"{len(bank)} of {bank.shape[1]}."
         )
-    search = NearestNeighbors(unit_rows(queries), k)
+    search = _NearestNeighbors(unit_rows(queries), k)
     for first in range(0, len(bank), BANK_CHUNK):
         search.add(unit_rows(bank[first : first + BANK_CHUNK]))
     return search.rows, search.similarities
@@ -205,7 +205,7 @@ class _HurriedError(Exception):
     pass
 
 
-class NearestNeighbors:
+class _NearestNeighbors:
     """The k most similar bank rows of each query, kept while the bank streams past."""
 
     def __init__(self, queries: np.ndarray, k: int):

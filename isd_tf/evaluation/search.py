@@ -8,22 +8,22 @@ import numpy as np
 import scipy.sparse.csgraph
 import tensorflow as tf
 
-from isd_tf.evaluation.knn import BANK_CHUNK, QUERY_BLOCK, NearestNeighbors
+from isd_tf.evaluation import knn
 
 # Queries whose neighbours are searched in one pass over the bank.
-QUERIES = 40 * QUERY_BLOCK
+QUERIES = 40 * knn.QUERY_BLOCK
 # Rows compared with as many others at a time: their similarities take 16 MB.
 BLOCK = 2048
 # Two embeddings of one image differ by so much from a similarity of 1, in float32.
 ROUNDING = 1e-6
 
 
-def nearest(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k rows of a bank that are most similar to each query, exactly.
 
     Args:
-        bank: unit rows [N, D].
         queries: unit rows [Q, D].
+        bank: unit rows [N, D].
         k: at most N is found.
 
     Returns:
@@ -33,19 +33,17 @@ def nearest(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, 
     Raises:
         ValueError: for queries of another dimension.
     """
-    _require_dimension(bank, queries)
-    rows, similarities = [], []
-    for first in range(0, len(queries), QUERIES):
-        search = NearestNeighbors(np.array(queries[first : first + QUERIES]), min(k, len(bank)))
-        for begin in range(0, len(bank), BANK_CHUNK):
-            search.add(np.array(bank[begin : begin + BANK_CHUNK]))
-        rows.append(search.rows)
-        similarities.append(search.similarities)
+    _require_dimension(queries, bank)
+    parts = [
+        knn.nearest(queries[first : first + QUERIES], bank, min(k, len(bank)))
+        for first in range(0, len(queries), QUERIES)
+    ]
+    rows, similarities = zip(*parts, strict=True)
     return np.concatenate(rows), np.concatenate(similarities)
 
 
 def nearest_by_faiss(
-    bank: np.ndarray, queries: np.ndarray, k: int
+    queries: np.ndarray, bank: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` by faiss' exact index of inner products, which holds the whole bank in memory.
 
@@ -53,7 +51,7 @@ def nearest_by_faiss(
         ModuleNotFoundError: when faiss is not installed.
         ValueError: for queries of another dimension.
     """
-    _require_dimension(bank, queries)
+    _require_dimension(queries, bank)
     try:
         import faiss
     except ImportError:
@@ -61,8 +59,8 @@ def nearest_by_faiss(
             "The engine faiss is not installed. pip install faiss-cpu, or leave --engine out."
         ) from None
     index = faiss.IndexFlatIP(bank.shape[1])
-    for begin in range(0, len(bank), BANK_CHUNK):
-        index.add(np.array(bank[begin : begin + BANK_CHUNK]))
+    for begin in range(0, len(bank), knn.BANK_CHUNK):
+        index.add(np.array(bank[begin : begin + knn.BANK_CHUNK]))
     similarities, rows = index.search(np.array(queries), min(k, len(bank)))
     return rows, similarities
 
@@ -70,7 +68,7 @@ def nearest_by_faiss(
 ENGINES = {"exact": nearest, "faiss": nearest_by_faiss}
 
 
-def _require_dimension(bank, queries):
+def _require_dimension(queries, bank):
     if bank.shape[1:] != queries.shape[1:]:
         raise ValueError(
             f"Queries must have the {bank.shape[1]} numbers of the embeddings that are searched. "
@@ -92,7 +90,7 @@ def nearest_to_rows(
     Returns:
         As `nearest`, without the rows themselves.
     """
-    found, similarities = engine(embeddings, embeddings[rows], k + 1)
+    found, similarities = engine(embeddings[rows], embeddings, k + 1)
     is_other = found != np.asarray(rows)[:, np.newaxis]
     # Where more than k others are the same, the row itself may not be among them.
     is_other &= np.cumsum(is_other, axis=1) < found.shape[1]
@@ -186,12 +184,12 @@ def k_centres(embeddings: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarra
     Source: Gonzalez 1985, Clustering to minimize the maximum intercluster distance; as active
     learning Sener and Savarese 2018, Active learning for convolutional neural networks.
     """
-    blocks = range(0, len(embeddings), BANK_CHUNK)
+    blocks = range(0, len(embeddings), knn.BANK_CHUNK)
 
     def similarities_to(vector):
-        return np.concatenate([embeddings[i : i + BANK_CHUNK] @ vector for i in blocks])
+        return np.concatenate([embeddings[i : i + knn.BANK_CHUNK] @ vector for i in blocks])
 
-    total = sum(embeddings[i : i + BANK_CHUNK].sum(axis=0, dtype=np.float64) for i in blocks)
+    total = sum(embeddings[i : i + knn.BANK_CHUNK].sum(axis=0, dtype=np.float64) for i in blocks)
     mean = (total / max(np.linalg.norm(total), 1e-12)).astype(np.float32)
     to_mean = similarities_to(mean)
     chosen, similarities = [int(np.argmax(to_mean))], [to_mean.max()]
