@@ -181,7 +181,7 @@ pq.write_table = write_half
 dataset = datasets.load_collection(sys.argv[1])
 encoder = embed.load_encoder(sys.argv[2])
 collection = embed.begin(sys.argv[3], encoder, dataset, shard_images=64)
-embed.embed_shards(encoder, dataset, collection, collection.missing)
+embed.embed_shards(encoder, dataset, collection, [1, 2])
 """
 
 
@@ -200,23 +200,19 @@ def test_what_was_killed_continues_to_the_same_files(photos, model, run, tmp_pat
     assert process.returncode == -9
     assert sorted(p.name[:11] for p in (killed / "shards").iterdir()) == [
         "_unfinished",
-        "part-00000-",
+        "part-00001-",
     ]
-    first = killed / "shards" / "part-00000-of-00003.parquet"
-    before = first.stat()
+    done = killed / "shards" / "part-00001-of-00003.parquet"
+    before = done.stat()
+    # Both the shard before it and the one after it are missing.
     assert "64 images are done" in run(photos, model[0], killed)
-    after = first.stat()
+    after = done.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
-    shutil.copytree(killed, unbroken, ignore=lambda *_: ["shards", "embeddings.npy", "search"])
+    unbroken.mkdir()
+    shutil.copy(killed / "embeddings.json", unbroken)  # Which has the shards' size.
     run(photos, model[0], unbroken)
     assert len(files_of(killed)) == 7 and files_of(killed) == files_of(unbroken)
-
-    # Any shards that are missing, not only the last ones; then nothing is missing.
-    first.unlink()
-    (killed / "embeddings.npy").unlink()
-    run(photos, model[0], killed)
-    assert files_of(killed) == files_of(unbroken)
     assert "are complete" in run(photos, model[0], killed)
 
 
@@ -247,17 +243,30 @@ def test_other_content_images_or_models_are_refused(photos, model, run, refused,
         assert "Another process is at work" in refused(photos / "cat", model[0], out)
 
 
-def test_many_that_cannot_be_read_are_a_line_and_a_list(model, run, refused, tmp_path):
+def test_many_that_cannot_be_read_are_a_line_and_a_list(model, run, tmp_path):
     folder, out = tmp_path / "broken", tmp_path / "out"
-    folder.mkdir()
-    for i in range(300):
-        (folder / f"{i:04d}.jpg").write_bytes(b"")
-    said = refused(folder, model[0], out)
-    assert "None of the 300 images" in said and "unreadable.csv" in said
-    assert len((out / "unreadable.csv").read_text().splitlines()) == 301
     small.write_image(folder, "good.png", IMAGES[0])
-    said = run(folder, model[0], tmp_path / "out2")
-    assert "300 images cannot be read" in said and said.count("\n") < 8
+    for i in range(100):
+        (folder / f"{i:04d}.jpg").write_bytes(b"")
+    said = run(folder, model[0], out)
+    assert "100 images cannot be read" in said and said.count("\n") < 8
+    assert len((out / "unreadable.csv").read_text().splitlines()) == 101
+    assert np.load(out / "embeddings.npy").shape == (1, small.DIMENSION)
+
+
+def test_where_nothing_can_be_read_the_list_says_why(tmp_path):
+    part = {"name": "x", "sha256": "0"}
+    about = {"images": part, "model": part, "count": 5000, "dimension": 3, "shard_images": 4096}
+    collection = Collection.begin(tmp_path, about)
+    for number in collection.missing:
+        rows = collection.rows_of(number)
+        skipped = [collections.Skipped(row, f"{row}.jpg", "empty") for row in rows]
+        nothing = np.zeros([0, 3]), np.zeros([0, 2], int)
+        collection.write_shard(number, collections.Shard([], *nothing, [], skipped))
+    with pytest.raises(ValueError, match="None of the 5000 images of x can be read"):
+        collection.finish()
+    assert (tmp_path / "unreadable.csv").read_text().splitlines()[-1] == "4999,4999.jpg,empty"
+    assert not collection.is_complete
 
 
 @pytest.mark.parametrize(
