@@ -53,6 +53,7 @@ def without_tensorflow(tmp_path):
         ("data_service.py", ["--role=worker"], "A worker needs --dispatcher=HOST:PORT"),
         ("embed.py", ["--help"], "usage: python experiments/embed.py --images=photos"),
         ("embed.py", ["--images=x"], "arguments are required: --model, --out"),
+        ("embed_beam.py", ["--help"], "usage: python experiments/embed_beam.py --images=photos"),
         ("search.py", ["--help"], "usage: python experiments/search.py --embeddings=embedded"),
         ("search.py", ["--embeddings=x"], "one of the arguments --query --row"),
     ],
@@ -69,8 +70,8 @@ def test_help_and_mistakes_are_answered_without_tensorflow(
 @pytest.mark.parametrize(
     "module",
     [
-        *("data_service", "embed", "evaluations", "flagfiles", "launch", "program", "search"),
-        *("search_results", "settings"),
+        *("data_service", "embed", "embed_beam", "evaluations", "flagfiles", "launch", "program"),
+        *("search", "search_results", "settings"),
     ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):
