@@ -329,3 +329,12 @@ def test_a_full_disk_leaves_nothing_half(model, tmp_path):
         embed.embed_shards(encoder, dataset, collection, [0])
     assert not list((tmp_path / "out" / "shards").iterdir())
     assert collections.SHARD_IMAGES % embed.BATCH == 0
+
+
+def test_progress_tells_the_rate_and_what_is_left(capsys):
+    with program.Progress(1000, 400) as progress:
+        progress.start -= 10
+        progress(200, 3)
+    said = capsys.readouterr().out
+    assert "600 of 1000 images, 20 images/s, 0 min 20 s left, 3 unreadable" in said
+    assert program.duration(7322) == "2 h 2 min"
