@@ -140,7 +140,7 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             if name in SCORED_ON_TEST and not compared:
                 compared = True
-                run.record(_shared_images("", [run.data.bank], run.data.test))
+                run.record(shared_images("", [run.data.bank], run.data.test))
             with run.explaining():
                 EVALUATIONS[name](run)
         except Exception as error:  # Whatever it is, hours of training are worth more.
@@ -148,7 +148,7 @@ def evaluate(run: Run) -> list[str]:
     return failures
 
 
-def _shared_images(prefix, parts_of_train, test):
+def shared_images(prefix: str, parts_of_train: list[Dataset], test: Dataset) -> dict[str, int]:
     """Tells which test images are training images too; returns how many, if that is known."""
     found = [_say_shared_images(train, test) for train in parts_of_train]
     return {} if None in found else {f"{prefix}test_images_in_train": sum(found)}
@@ -383,7 +383,7 @@ def evaluate_transfer(run: Run) -> None:
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
                 prefix = f"transfer_{transfer.score_name(name)}_"
                 known = [splits.training, splits.validation]
-                shared = _shared_images(prefix, known, splits.test)
+                shared = shared_images(prefix, known, splits.test)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies

@@ -79,11 +79,11 @@ def find(name: str) -> pathlib.Path:
     )
 
 
-def write(path: pathlib.Path, effective: list[flags.Flag]) -> None:
-    """Writes flags as a flag file that runs the same again."""
+def write(path: pathlib.Path, effective: list[flags.Flag], program: str = "run.py") -> None:
+    """Writes flags as a flag file by which `program` runs the same again."""
     lines = [
         HEADER,
-        "#   python experiments/run.py --flagfile=THIS_FILE --workdir=A_NEW_FOLDER",
+        f"#   python experiments/{program} --flagfile=THIS_FILE --workdir=A_NEW_FOLDER",
         *(flag.serialize() for flag in effective if flag.value is not None),
     ]
     # Beside and renamed: a full disk leaves the former file whole.

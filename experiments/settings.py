@@ -382,12 +382,7 @@ def _check_recipe(typed):
             f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
             "python experiments/run.py --flagfile=quickstart.flags"
         )
-    for flag in own_flags():
-        if re.search(r"[\r\n]", str(flag.value)):
-            raise ValueError(
-                f"A flag must stand on one line, as in the run.flags that a run leaves. Received: "
-                f"--{flag.name}={flag.value!r}."
-            )
+    check_lines(own_flags())
     unknown = [stage for stage in FLAGS.stages if stage not in STAGES]
     if unknown or not FLAGS.stages:
         raise ValueError(
@@ -404,12 +399,7 @@ def _check_recipe(typed):
     unused = [name for name in every if name in typed and name not in settings]
     if unused:
         say(f"Of no effect with --method={FLAGS.method}: --{', --'.join(unused)}.")
-    for name, (low, high) in RANGES.items():
-        if FLAGS[name].value is not None and not low <= FLAGS[name].value <= high:
-            raise ValueError(
-                f"--{name} must be at least {low} and at most {high}. "
-                f"Received: {FLAGS[name].value}."
-            )
+    check_ranges(RANGES)
     if FLAGS.stages == ["check"]:
         return  # The rest is about trainings.
     if not 0 < FLAGS.learning_rate < float("inf"):
@@ -624,11 +614,7 @@ def _check_evaluations():
             "The initial encoder is that of a run with --initial_weights. Received: "
             f"--evaluated_encoders={','.join(FLAGS.evaluated_encoders)} without."
         )
-    if not 0 < FLAGS.label_fraction <= 1:
-        raise ValueError(
-            "--label_fraction must be greater than 0 and at most 1. "
-            f"Received: {FLAGS.label_fraction}."
-        )
+    check_label_fraction()
     if FLAGS.label_dataset and FLAGS.label_fraction < 1:
         raise ValueError(
             "Few labels are either a share or a dataset. Received: "
@@ -658,6 +644,35 @@ def _check_evaluations():
             raise FileNotFoundError(
                 f"--compare_with must name workdirs of runs. Received: {path}, without run.flags."
             )
+
+
+def check_lines(flags_: list[flags.Flag]) -> None:
+    """Raises ValueError for a value that a flag file cannot hold."""
+    for flag in flags_:
+        if re.search(r"[\r\n]", str(flag.value)):
+            raise ValueError(
+                f"A flag must stand on one line, as in the run.flags that a run leaves. Received: "
+                f"--{flag.name}={flag.value!r}."
+            )
+
+
+def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises ValueError for a number outside of its range, lowest and highest by flag."""
+    for name, (low, high) in ranges.items():
+        if FLAGS[name].value is not None and not low <= FLAGS[name].value <= high:
+            raise ValueError(
+                f"--{name} must be at least {low} and at most {high}. "
+                f"Received: {FLAGS[name].value}."
+            )
+
+
+def check_label_fraction() -> None:
+    """Raises ValueError unless it is a share."""
+    if not 0 < FLAGS.label_fraction <= 1:
+        raise ValueError(
+            "--label_fraction must be greater than 0 and at most 1. "
+            f"Received: {FLAGS.label_fraction}."
+        )
 
 
 def own_flags() -> list[flags.Flag]:

@@ -99,7 +99,7 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
         write_json(path, {k: v for k, v in results.items() if not k.startswith(prefix)})
 
 
-def about(workdir: pathlib.Path) -> dict:
+def about(workdir: pathlib.Path, flag_file: str = "run.flags") -> dict:
     """What a model card tells of a run: its recipe, what it began with, versions and scores."""
     files = {
         "data": "dataset.json",
@@ -109,7 +109,7 @@ def about(workdir: pathlib.Path) -> dict:
         "scores": "results.json",
     }
     found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
-    recipe = flagfiles.expand([f"--flagfile={workdir / 'run.flags'}"])
+    recipe = flagfiles.expand([f"--flagfile={workdir / flag_file}"])
     return {"recipe": recipe} | {name: json.loads(path.read_text()) for name, path in found.items()}
 
 

@@ -270,18 +270,59 @@ def probe_batches(
     Returns:
         Pairs of float32 [b, S, S, 3], views of the recipe "crop", and int64 [b], labels.
     """
-    recipe = augment.RECIPES["crop"]
-    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     order = Order(len(dataset), min(batch_size, len(dataset)), seed, keep_remainder=True)
     first_step = epoch * order.steps_per_epoch
     order = order._replace(first_step=first_step, last_step=first_step + order.steps_per_epoch)
-    look = RandomCrops(image_size, (recipe.area,), (seed,))
+    return _labelled_views(dataset, image_size, order, unreadable)
+
+
+def finetuning_batches(
+    dataset: Dataset,
+    image_size: int,
+    global_batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    unreadable: Unreadable | None = None,
+) -> tf.data.Dataset:
+    """Makes the endless stream of labelled batches from `first_step` on: one random view an image.
+
+    An epoch is a permutation of the images by (seed, epoch), its remainder dropped.
+
+    Args:
+        dataset: what to read; labelled.
+        image_size: side S of the views in pixels.
+        global_batch_size: B, over all replicas.
+        seed: of order and views.
+        first_step: step, counted from 0, of the first batch.
+        unreadable: counts images that cannot be read, which the next ones replace.
+
+    Returns:
+        Pairs of float32 [B, S, S, 3], views of the recipe "crop", and int64 [B], labels.
+
+    Raises:
+        ValueError: for a batch larger than the dataset.
+    """
+    if not 1 <= global_batch_size <= len(dataset):
+        raise ValueError(
+            f"A batch must have at least 1 image and at most the dataset's {len(dataset)}. "
+            f"Received: global_batch_size={global_batch_size}. Lower --batch_size."
+        )
+    order = Order(len(dataset), global_batch_size, seed, first_step)
+    return _labelled_views(dataset, image_size, order, unreadable)
+
+
+def _labelled_views(dataset, image_size, order, unreadable):
+    unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
+    recipe = augment.RECIPES["crop"]
+    look = RandomCrops(image_size, (recipe.area,), (order.seed,))
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
         return recipe.finish(crops[0], look.seeds(places)[0]), labels
 
-    views = mapped(seen.rebatch(order.global_batch_size), finish)
+    # Of whole batches alone, the number of images is known before they are there.
+    whole = not order.keep_remainder
+    views = mapped(seen.rebatch(order.global_batch_size, drop_remainder=whole), finish)
     return views.prefetch(PREFETCHED_BATCHES)
 
 

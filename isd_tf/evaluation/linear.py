@@ -168,7 +168,9 @@ def train(
     return Classifiers(mean, inverse_deviation, weights, biases)
 
 
-def fit(features: Features, l2_values: list[float]) -> Classifiers:
+def fit(
+    features: Features, l2_values: list[float], class_weights: np.ndarray | None = None
+) -> Classifiers:
     """Fits a logistic regression a value of L2 by scikit-learn's L-BFGS.
 
     Minimised is the sum of the cross-entropies plus l2 / 2 times the squared norm of the weights.
@@ -177,6 +179,7 @@ def fit(features: Features, l2_values: list[float]) -> Classifiers:
     Args:
         features: labelled.
         l2_values: positive; fitted from the largest to the smallest, each from the one before.
+        class_weights: [classes], by which the cross-entropy of each image is multiplied; None: 1.
 
     Raises:
         ValueError: when there are fewer than two classes.
@@ -198,6 +201,7 @@ def fit(features: Features, l2_values: list[float]) -> Classifiers:
     model = LogisticRegression(
         max_iter=MAX_ITERATIONS, tol=TOLERANCE / len(present), warm_start=True
     )
+    image_weights = None if class_weights is None else class_weights[features.labels]
     stopped = []
     for i in sorted(range(len(l2_values)), key=lambda i: -l2_values[i]):
         # Of two classes scikit-learn knows the difference w alone, and penalises its squared norm:
@@ -207,7 +211,7 @@ def fit(features: Features, l2_values: list[float]) -> Classifiers:
         threads = threadpool_limits(1, "blas") if is_small else contextlib.nullcontext()
         with threads, warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # Said below, in one line.
-            model.fit(x, features.labels)
+            model.fit(x, features.labels, image_weights)
         if model.n_iter_.max() >= MAX_ITERATIONS:
             stopped.append(l2_values[i])
         coefficients, intercepts = model.coef_, model.intercept_

@@ -320,6 +320,8 @@ def fit_from_step(
 ) -> None:
     """Calls `model.fit` so that it continues at `first_step`, in the middle of an epoch or not.
 
+    A callback ends the training as in Keras, by `model.stop_training`.
+
     Args:
         model: compiled, restored to `first_step`.
         batches_from: step to the batches from that step on.
@@ -344,7 +346,7 @@ def fit_from_step(
         )
         _set_steps_per_execution(model, steps_per_execution)
         epoch += 1
-    if epoch < epochs:
+    if epoch < epochs and not model.stop_training:
         model.fit(
             batches_from(epoch * steps_per_epoch),
             initial_epoch=epoch,
