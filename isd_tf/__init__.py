@@ -14,7 +14,12 @@ isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
 from isd_tf.data import datasets, subsets
-from isd_tf.data.batches import DataService, evaluation_batches, pretraining_batches
+from isd_tf.data.batches import (
+    DataService,
+    evaluation_batches,
+    finetuning_batches,
+    pretraining_batches,
+)
 from isd_tf.evaluation.knn import knn_accuracy
 from isd_tf.methods import losses
 from isd_tf.methods.byol import BYOL
@@ -55,6 +60,7 @@ __all__ = [
     "export_encoder",
     "export_keras_hub",
     "export_torch",
+    "finetuning_batches",
     "isd_heads",
     "isd_plus_heads",
     "knn_accuracy",

@@ -48,6 +48,10 @@ def without_tensorflow(tmp_path):
         ("run.py", ["--flagfile=quickstart.flags", "now"], "must be flags. Received: now."),
         ("launch.py", ["--help"], "--restarts=3 -- "),
         ("launch.py", ["--workers=0", "--", "--x"], "must be at least 1"),
+        ("finetune.py", ["--help"], "    python experiments/finetune.py --encoder=runs/quickstart"),
+        ("finetune.py", ["--help"], "--patience: Epochs without a better one"),
+        ("finetune.py", ["--help"], "To train from scratch"),
+        ("finetune.py", ["--dataset=folder"], "finetune.py: Finetuning needs --encoder, --workdir"),
         ("data_service.py", ["--help"], "--role=worker --dispatcher=HOST:5000"),
         ("data_service.py", ["--role=cook"], "invalid choice: 'cook'"),
         ("data_service.py", ["--role=worker"], "A worker needs --dispatcher=HOST:PORT"),
@@ -71,7 +75,7 @@ def test_help_and_mistakes_are_answered_without_tensorflow(
     "module",
     [
         *("data_service", "embed", "embed_beam", "evaluations", "flagfiles", "launch", "program"),
-        *("search", "search_results", "settings"),
+        *("finetune_settings", "search", "search_results", "settings"),
     ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):
@@ -130,7 +134,7 @@ def test_what_is_said_of_a_gpu_that_cannot_be_used_is_shown(importing):
 
 
 @pytest.mark.parametrize(
-    "program", ["run.py", "launch.py", "data_service.py", "embed.py", "search.py"]
+    "program", ["run.py", "launch.py", "data_service.py", "embed.py", "search.py", "finetune.py"]
 )
 def test_windows_is_refused_in_a_sentence(program):
     code = (

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "data": ("views",),
     "methods": ("views", "networks", "training"),
     "evaluation": ("data", "views", "methods"),
+    "finetuning": ("evaluation",),
     "serving": ("data", "views", "networks"),
     "report": ("views", "evaluation"),
 }

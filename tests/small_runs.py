@@ -1,6 +1,7 @@
 """Runs of experiments/run.py that take seconds: their flags, what disturbs them, what is left."""
 
 import contextlib
+import csv
 import pathlib
 import resource
 import sys
@@ -45,6 +46,11 @@ def assert_same_end(workdir, other):
     assert name == other_name and ours.keys() == theirs.keys()
     for key, value in ours.items():
         np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
 
 
 def wait_for_checkpoint(workdir, step, process):

@@ -1,0 +1,367 @@
+"""experiments/finetune.py as it is called, on folders of a few small images."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import in_process
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from PIL import Image
+from small_models import softmax
+from small_runs import ROOT, assert_same_end, newest_weights, read_csv, small_run
+
+import isd_tf
+from isd_tf.data import subsets
+
+import finetune  # isort: skip - in_process has put experiments/ on the path.
+import finetune_settings  # isort: skip
+
+SMALL = (
+    *("--dataset=folder", "--encoder=tiny_resnet", "--width=4", "--image_size=16"),
+    *("--batch_size=4", "--epochs=3", "--checkpoint_every_steps=3", "--learning_rate=0.02"),
+)
+STEPS = 18 // 4 * 3  # Of 24 images, 3 of each of two classes are held out.
+
+
+def read_flags(*arguments):
+    for name in list(flags.FLAGS):
+        flags.FLAGS[name].unparse()
+    finetune_settings.read(["finetune.py", *map(str, arguments)])
+
+
+def call(*arguments):
+    """Runs main() in this process with the given flags only."""
+    read_flags(*arguments)
+    finetune.main()
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """A workdir, and the classifier that was exported there."""
+    workdir, exported = tmp_path_factory.mktemp("whole"), []
+    with pytest.MonkeyPatch.context() as patch:
+        export = finetune.export
+        patch.setattr(finetune, "export", lambda *x: exported.append(x[1]) or export(*x))
+        call(*SMALL, f"--data_dir={photos}", f"--workdir={workdir}")
+    return workdir, exported[0]
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(step, monkeypatch):
+    def die(self, batch, logs=None):
+        if int(self.model.step.numpy()) == step:
+            raise KilledError
+
+    monkeypatch.setattr(finetune.finetuning.KeepBest, "on_train_batch_end", die)
+
+
+# ------------------------------------------------------------------------------ what comes out
+
+
+def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
+    whole, photos, tmp_path, monkeypatch, capsys
+):
+    arguments = (*SMALL, f"--data_dir={photos}", f"--workdir={tmp_path}")
+    for step in (6, 11):  # The last checkpoints before are those of the steps 4 and 8.
+        kill_at(step, monkeypatch)
+        with pytest.raises(KilledError):
+            call(*arguments)
+        monkeypatch.undo()
+    call(*arguments)
+    assert f"Continuing {tmp_path} after step 8" in capsys.readouterr().out
+    assert_same_end(tmp_path, whole[0])
+    assert newest_weights(tmp_path)[0] == f"step-{STEPS:08d}"
+    assert results_of(tmp_path) == results_of(whole[0])
+    for name in ("per_class.csv", "confusion.csv", "linear.json", "dataset.json"):
+        assert (tmp_path / name).read_text() == (whole[0] / name).read_text()
+    # Once more: there is nothing to train, and the result is the same.
+    call(*arguments)
+    assert results_of(tmp_path) == results_of(whole[0])
+
+
+def test_tables_and_classify_are_those_of_the_exported_model(whole, photos):
+    workdir, model = whole
+    serve = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures["classify"]
+    _, test = isd_tf.datasets.load("folder", data_dir=str(photos))
+    served = serve(image_bytes=tf.stack([tf.io.read_file(path) for path in test.paths]))
+    ((views, labels),) = isd_tf.evaluation_batches(test, 16, 8)
+    logits = model(views, training=False).numpy()
+    np.testing.assert_allclose(served["scores"], softmax(logits), atol=1e-5)
+    assert served["classes"].numpy().tolist() == [[b"dark", b"light"]] * 8
+    # The tables, from what the SavedModel says.
+    predictions = served["scores"].numpy().argmax(axis=1)
+    names = [os.path.basename(os.path.dirname(path)) for path in test.paths]
+    assert [("dark", "light")[label] for label in labels] == names
+    rows = read_csv(workdir / "confusion.csv")
+    assert rows[0][1:] == ["dark", "light"]
+    for true, row in zip(("dark", "light"), rows[1:], strict=True):
+        own = predictions[np.array(names) == true]
+        assert row == [true, str((own == 0).sum()), str((own == 1).sum())]
+    rows = read_csv(workdir / "per_class.csv")
+    for i, row in enumerate(rows[1:]):
+        assert row[:2] == [("dark", "light")[i], "4"]
+        assert float(row[2]) == pytest.approx(np.mean(predictions[labels == i] == i))
+    results = results_of(workdir)
+    assert results["top1"] == pytest.approx(np.mean(predictions == labels))
+    assert "top5" not in results and results["step"] == STEPS
+    card = json.loads((workdir / "saved_model" / "1" / "model_card.json").read_text())
+    assert card["classes"] == ["dark", "light"] and card["scores"] == results
+    assert "--encoder=tiny_resnet" in card["recipe"]
+
+
+def test_the_held_out_part_is_stratified_and_disjoint(photos):
+    read_flags(*SMALL, f"--data_dir={photos}", "--workdir=x", "--label_fraction=0.8")
+    data = finetune.load_data()
+    train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
+    few = subsets.take(train, subsets.rows_of_fraction(train, 0.8, 0), "80%")
+    assert not set(data.fit.paths) & set(data.held_out.paths)
+    assert {*data.fit.paths, *data.held_out.paths} == set(few.paths)
+    # A fifth of the 10 of each class.
+    assert np.bincount(data.held_out.labels).tolist() == [2, 2]
+    assert np.bincount(data.fit.labels).tolist() == [8, 8]
+    np.testing.assert_array_equal(data.weights, [1, 1])
+
+
+def test_unbalanced_labels_are_weighted_unless_told_not_to(photos, tmp_path):
+    for image in sorted((photos / "train" / "light").iterdir())[:4]:
+        (tmp_path / "train" / "light").mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, tmp_path / "train" / "light")
+    shutil.copytree(photos / "train" / "dark", tmp_path / "train" / "dark")
+    arguments = (*SMALL, f"--data_dir={tmp_path}", "--workdir=x")
+    read_flags(*arguments)
+    # Of 12 and 4 images, 3 and 1 are held out.
+    np.testing.assert_allclose(finetune.load_data().weights, [12 / 18, 12 / 6])
+    read_flags(*arguments, "--class_weights=none")
+    np.testing.assert_array_equal(finetune.load_data().weights, [1, 1])
+
+
+# -------------------------------------------------------------------------- where it begins from
+
+
+def weights_of(encoder):
+    return [weight.numpy() for weight in encoder.weights]
+
+
+@pytest.fixture(scope="module")
+def pretrained(photos, tmp_path_factory):
+    """The workdir of a short pretraining, and its student's weights as a Keras model."""
+    workdir = tmp_path_factory.mktemp("pretrained")
+    models, build_model = [], in_process.run.build_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            in_process.run, "build_model", lambda *x: models.append(build_model(*x)) or models[-1]
+        )
+        in_process.call(*small_run(photos, workdir, "--epochs=1", "--stages=pretrain"))
+    models[0].student_encoder.save(workdir / "encoder.keras")
+    models[0].student_encoder.save_weights(workdir / "encoder.weights.h5")
+    return workdir, weights_of(models[0].student_encoder)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "more"),
+    [
+        ("", []),
+        ("encoder.keras", []),
+        ("encoder.weights.h5", ["--architecture=tiny_resnet", "--width=4", "--image_size=16"]),
+    ],
+)
+def test_a_pretrained_encoder_begins_with_its_weights(encoder, more, pretrained, photos, capsys):
+    workdir, expected = pretrained
+    read_flags("--dataset=folder", f"--encoder={workdir / encoder}", "--workdir=x", *more)
+    loaded, size, initial = finetune.load_encoder(tf.distribute.get_strategy())
+    assert size == 16 and initial["path"] == str(workdir / encoder)
+    for ours, theirs in zip(weights_of(loaded), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    said = capsys.readouterr().out
+    assert str(workdir) in said and "random" not in said
+
+
+def test_random_weights_are_said_to_be_random(capsys):
+    read_flags(*SMALL, "--workdir=x")
+    encoder, _, initial = finetune.load_encoder(tf.distribute.get_strategy())
+    assert initial == {} and encoder.count_params() > 0
+    assert "tiny_resnet, from scratch: its weights are random" in capsys.readouterr().out
+
+
+def test_the_encoder_stays_as_it_is_without_epochs(pretrained, photos, tmp_path):
+    workdir, expected = pretrained
+    arguments = ("--dataset=folder", f"--data_dir={photos}", "--batch_size=4", "--epochs=0")
+    call(*arguments, f"--encoder={workdir}", f"--workdir={tmp_path}")
+    reader = tf.train.load_checkpoint(str(tmp_path / "saved_model/1/variables/variables"))
+    stored = [reader.get_tensor(key) for key in reader.get_variable_to_shape_map()]
+    stored = {x.tobytes() for x in stored if isinstance(x, np.ndarray)}
+    assert all(weight.tobytes() in stored for weight in expected)
+    results = results_of(tmp_path)
+    assert results["best_epoch"] == 0 and results["top1"] == results["linear_top1"]
+    assert results["held_out_accuracy"] == results["linear_held_out_accuracy"]
+
+
+def test_a_list_has_no_test_images_and_is_scored_on_those_held_out(photos, tmp_path, capsys):
+    lines = [
+        f"{split}/{name}/{i}.png\t{name}\n"
+        for split in ("train",)
+        for name in ("dark", "light")
+        for i in range(12)
+    ]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    call(
+        *SMALL, "--dataset=list", f"--image_list={tmp_path / 'list.txt'}", f"--data_dir={photos}",
+        f"--workdir={tmp_path / 'run'}", "--epochs=0",
+    )  # fmt: skip
+    assert (
+        "There are no test images. The tables are about the 6 held-out" in capsys.readouterr().out
+    )
+    assert "top1" not in results_of(tmp_path / "run")
+    rows = read_csv(tmp_path / "run" / "per_class.csv")
+    assert [row[1] for row in rows[1:]] == ["3", "3"]
+
+
+def test_two_logical_devices_train_and_export(photos, tmp_path):
+    program = str(ROOT / "experiments" / "finetune.py")
+    arguments = (*SMALL, f"--data_dir={photos}", f"--workdir={tmp_path}", "--strategy=mirrored")
+    result = subprocess.run(
+        [sys.executable, program, *arguments, "--logical_cpus=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert results_of(tmp_path)["step"] == STEPS
+    assert (tmp_path / "saved_model" / "1" / "model_card.json").exists()
+
+
+# ---------------------------------------------------------------------------- what good weights do
+
+
+def test_good_weights_beat_random_ones_on_few_labels(tmp_path, monkeypatch):
+    """The good ones are planted: of a training with labels, of other images."""
+    images, labels = (x[::3] for x in isd_tf.data.photo_patches.make_patches("train"))
+    keras.utils.set_random_seed(0)
+    encoder = isd_tf.build_encoder("tiny_resnet", 32, 8)
+    model = keras.Sequential([encoder, keras.layers.Dense(18)])
+    model.compile(
+        keras.optimizers.Adam(0.003), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    views = isd_tf.augment.evaluation_view(tf.constant(images), 32)
+    model.fit(views, labels, 64, epochs=3, verbose=0)
+    encoder.save(tmp_path / "good.keras")
+    common = ("--dataset=photo_patches", "--label_fraction=0.02", "--epochs=5", "--seed=1")
+    call(*common, f"--encoder={tmp_path / 'good.keras'}", f"--workdir={tmp_path / 'good'}")
+    scratch = ("--encoder=tiny_resnet", "--width=8", "--image_size=32")
+    call(*common, *scratch, f"--workdir={tmp_path / 'scratch'}")
+    good, random = (results_of(tmp_path / name)["top1"] for name in ("good", "scratch"))
+    assert good > random + 0.1, (good, random)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label_fraction=0.01"], "Every class needs a labelled image.*Use at least"),
+        (["--label_fraction=0.05"], "some class needs two. Received: one of each of the 2"),
+        (["--batch_size=19"], "--batch_size=19 for 18 of the 24 images.*the other 6 are held out"),
+        (["--dataset=folder", "--data_dir={0}/unlabelled"], "unlabelled has no labels"),
+        (["--dataset=folder", "--data_dir={0}/one"], "has one class: there is nothing to tell"),
+        (["--dataset=folder", "--data_dir={0}/other"], "classes without: new"),
+        (["--encoder={0}/empty.keras"], "empty.keras cannot be read as a Keras model"),
+        (["--encoder={0}/nan.weights.h5", "--architecture=tiny_resnet"], "are not finite"),
+        (["--encoder={0}/dense.weights.h5", "--architecture=tiny_resnet"], "another network's"),
+        (["--encoder={0}/text.safetensors", "--architecture=tiny_resnet"], "text.safetensors"),
+        (["--encoder={0}/begun"], "The weights of a run are in its checkpoints"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(arguments, message, bad, photos, tmp_path):
+    arguments = [argument.format(bad) for argument in arguments]
+    width = [] if "begun" in arguments[0] or ".keras" in arguments[0] else ["--width=4"]
+    common = [x for x in SMALL if x != "--width=4"] + width
+    with pytest.raises((ValueError, OSError), match=f"(?s){message}") as error:
+        call(*common, f"--data_dir={photos}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert str(error.value).count("\n") == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def bad(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(photos / "train" / "dark", folder / "unlabelled")
+    shutil.copytree(photos / "train" / "dark", folder / "one" / "train" / "dark")
+    shutil.copytree(photos / "val" / "dark", folder / "one" / "val" / "dark")
+    shutil.copytree(photos, folder / "other")
+    (folder / "other" / "val" / "new").mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "other" / "val" / "new" / "a.png")
+    (folder / "empty.keras").write_bytes(b"")
+    (folder / "text.safetensors").write_text("no weights, but a text that is long enough")
+    dense = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    dense.save_weights(folder / "dense.weights.h5")
+    encoder = isd_tf.build_encoder("tiny_resnet", 16, 4)
+    encoder.weights[0].assign(encoder.weights[0] * np.nan)
+    encoder.save_weights(folder / "nan.weights.h5")
+    (folder / "begun").mkdir()
+    (folder / "begun" / "run.flags").write_text("--encoder=tiny_resnet\n--image_size=16\n--width=4")
+    return folder
+
+
+def test_another_recipe_or_other_images_are_refused(whole, photos, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    arguments = (*SMALL, f"--workdir={tmp_path / 'run'}")
+    message = "begun with another recipe: --patience=15 then, --patience=3 now"
+    with pytest.raises(ValueError, match=message):
+        call(*arguments, f"--data_dir={photos}", "--patience=3")
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.move(tmp_path / "photos/train/dark/0.png", tmp_path / "photos/train/dark/00.png")
+    with pytest.raises(ValueError, match="begun with other images than these 24"):
+        call(*arguments, f"--data_dir={tmp_path / 'photos'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=folder"], "Finetuning needs --encoder, --workdir, as in: python"),
+        (["--queue_size=8"], "finetune.py has no --queue_size. Those are run.py's"),
+        (["now"], "Arguments must be flags. Received: now"),
+        (["--batch_size=0"], "--batch_size must be at least 1"),
+        (["--patience=0"], "--patience must be at least 1"),
+        (["--held_out=1"], "--held_out must be greater than 0 and smaller than 1"),
+        (["--label_fraction=0"], "--label_fraction must be greater than 0"),
+        (["--learning_rate=nan"], "--learning_rate must be positive and finite"),
+        (["--strategy=multi_worker"], "works on one machine. Received: --strategy=multi_worker"),
+        (["--workdir={0}/begun"], "must not be that of a pretraining. Received: .*begun"),
+        (
+            ["--encoder=resnet"],
+            "workdir of a pretraining, a file, or the name.*which does not exist",
+        ),
+        (["--encoder={0}/one"], "must be the workdir of a pretraining.*has no run.flags"),
+        (["--encoder={0}/served"], "is a SavedModel: it can be served, not trained"),
+        (["--encoder={0}/one/val/dark/0.png"], "must end in one of .keras, .weights.h5"),
+        (["--encoder={0}/text.safetensors"], "holds weights alone. Say of which network"),
+        (["--architecture=resnet50"], "--architecture is for an --encoder of weights alone"),
+        (["--encoder={0}/begun", "--width=4"], "says itself how wide it is. Leave --width out"),
+        (["--encoder=resnet18"], "does not say for which images it is. Pass --image_size"),
+    ],
+)
+def test_what_a_command_line_may_not_say(arguments, message, bad):
+    (bad / "served").mkdir(exist_ok=True)
+    (bad / "served" / "saved_model.pb").write_bytes(b"")
+    common = ["--dataset=folder", "--encoder=tiny_resnet", "--workdir=x", "--image_size=16"]
+    given = {re.match(r"--\w+", argument)[0] for argument in arguments if "--" in argument}
+    if arguments in (["--dataset=folder"], ["--encoder=resnet18"]):
+        common = ["--dataset=folder"] + ["--workdir=x"] * (arguments[0] != "--dataset=folder")
+    common = [argument for argument in common if argument.split("=")[0] not in given]
+    with pytest.raises((ValueError, OSError), match=message):
+        read_flags(*common, *(argument.format(bad) for argument in arguments))
