@@ -22,14 +22,14 @@ LARGEST_CLASS_WEIGHT = 10.0
 
 
 class Score(NamedTuple):
-    """How good a classifier is on held-out images; of equal accuracies the lower loss is better."""
+    """How good a classifier is on held-out images; the lower loss is the better one.
+
+    Few images are held out where few are labelled, and of the same kind as those that are trained
+    on: their accuracy soon stands still, and changes by chance, while the loss still tells.
+    """
 
     accuracy: float  # share of the images that is right, each counted by its class' weight
     loss: float  # mean cross-entropy, nats, weighted likewise
-
-    def is_better_than(self, other: "Score") -> bool:
-        """Whether this one is to be preferred."""
-        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
 class Classifier(keras.Model):
@@ -73,8 +73,8 @@ class Classifier(keras.Model):
         self.head = keras.Model(features, self.dense(self.standardize(unit)), name="head")
 
         self.best_epoch = self._add_memory("best_epoch", (), "int64")
-        self.best_accuracy = self._add_memory("best_accuracy", (), "float32")
-        self.best_loss = self._add_memory("best_loss", (), "float32")
+        self.best_accuracy = self._add_memory("best_accuracy", (), "float64")
+        self.best_loss = self._add_memory("best_loss", (), "float64")
         self._best_weights = [
             self._add_memory(f"best_{weight.path.replace('/', '_')}", weight.shape, weight.dtype)
             for weight in self._network_weights
@@ -99,7 +99,8 @@ class Classifier(keras.Model):
     def compile(self, optimizer, **kwargs):
         """Keras' compile, for integer labels; builds the optimizer, for the checkpoints."""
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        # Keras' own choice is XLA, which it cannot have on several replicas.
+        super().compile(optimizer=optimizer, loss=loss, jit_compile=False, **kwargs)
         self.optimizer.build(self.trainable_variables)
 
     def call(self, images, training=False):
@@ -127,7 +128,7 @@ class Classifier(keras.Model):
             epoch: epochs of `fit` that led to them.
             score: theirs.
         """
-        if epoch == 0 or score.is_better_than(self.best_score):
+        if epoch == 0 or score.loss < self.best_score.loss:
             self.best_epoch.assign(epoch)
             self.best_accuracy.assign(score.accuracy)
             self.best_loss.assign(score.loss)
@@ -221,10 +222,7 @@ def fit_head(
     decays = linear.FEW_LABELS_WEIGHT_DECAYS
     fitted = linear.fit(features, [decay * len(features.labels) for decay in decays], weights)
     scores = [score_of(x, held_out.labels, weights) for x in fitted.logits(held_out.values)]
-    best = 0
-    for i, score in enumerate(scores):
-        if score.is_better_than(scores[best]):
-            best = i
+    best = min(range(len(scores)), key=lambda i: scores[i].loss)
     classifier.set_head(fitted, best)
     classifier.keep_if_better(0, scores[best])
     return decays[best]
