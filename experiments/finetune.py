@@ -316,8 +316,8 @@ def train(run, model, checkpoints, first_step):
         class_weight=dict(enumerate(data.weights)),
         callbacks=[
             checkpointing.StopAtNonFiniteLoss(checkpoints),
-            finetuning.KeepBest(held_out_score, FLAGS.patience),
             monitoring.Throughput(FLAGS.batch_size),
+            finetuning.KeepBest(held_out_score, FLAGS.patience),
             monitoring.Progress(epochs),
             monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
             checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),

@@ -18,7 +18,7 @@ from small_models import softmax
 from small_runs import ROOT, assert_same_end, newest_weights, read_csv, small_run
 
 import isd_tf
-from isd_tf.data import subsets
+from isd_tf.data import photo_patches, subsets
 
 import finetune  # isort: skip - in_process has put experiments/ on the path.
 import finetune_settings  # isort: skip
@@ -249,7 +249,7 @@ def test_two_logical_devices_train_and_export(photos, tmp_path):
 
 def test_good_weights_beat_random_ones_on_few_labels(tmp_path, monkeypatch):
     """The good ones are planted: of a training with labels, of other images."""
-    images, labels = (x[::3] for x in isd_tf.data.photo_patches.make_patches("train"))
+    images, labels = (x[::3] for x in photo_patches.make_patches("train"))
     keras.utils.set_random_seed(0)
     encoder = isd_tf.build_encoder("tiny_resnet", 32, 8)
     model = keras.Sequential([encoder, keras.layers.Dense(18)])
@@ -365,3 +365,24 @@ def test_what_a_command_line_may_not_say(arguments, message, bad):
     common = [argument for argument in common if argument.split("=")[0] not in given]
     with pytest.raises((ValueError, OSError), match=message):
         read_flags(*common, *(argument.format(bad) for argument in arguments))
+
+
+# -------------------------------------------------------------------------------------- the page
+
+
+PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+
+
+def test_the_keras_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    isd_tf.build_encoder("tiny_resnet", 32, 4).save("encoder.keras")
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names = {}
+    exec(compile(example, "docs/finetune.md", "exec"), names)
+    assert "'accuracy'" in capsys.readouterr().out
+    assert len(names["few"]) == 108 and names["encoder"].trainable
+
+
+def test_the_flags_of_the_page_exist():
+    known = {*finetune_settings.SHARED, *finetune_settings.OWN, "source", "target", "workdir"}
+    assert set(re.findall(r"--(\w+)", PAGE)) <= known
