@@ -46,8 +46,8 @@ SHARED = {
     "log_every_steps": None,
 }
 BATCH_SIZE = 32
-LEARNING_RATE, LEARNING_RATE_FROM_SCRATCH = 0.01, 0.1
-STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1500, 10, 100
+LEARNING_RATE, LEARNING_RATE_FROM_SCRATCH = 0.03, 0.1
+STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 10, 100
 
 flags.DEFINE_string(
     "architecture", None, "The network that an --encoder of weights alone is of: resnet50, ..."

@@ -58,11 +58,23 @@ def noise(tmp_path_factory):
     return folder
 
 
+def let_an_epoch_be_best(patch):
+    """Whatever an epoch makes of noise, the linear classifier's loss is higher."""
+    fit_head = finetune.fit_head
+
+    def fit_and_spoil(run, model):
+        fit_head(run, model)
+        model.best_loss.assign(99.0)
+
+    patch.setattr(finetune, "fit_head", fit_and_spoil)
+
+
 @pytest.fixture(scope="module")
 def whole(noise, tmp_path_factory):
     """A workdir, and the classifier that was exported there."""
     workdir, exported = tmp_path_factory.mktemp("whole"), []
     with pytest.MonkeyPatch.context() as patch:
+        let_an_epoch_be_best(patch)
         export = finetune.export
         patch.setattr(finetune, "export", lambda *x: exported.append(x[1]) or export(*x))
         call(*SMALL, f"--data_dir={noise}", f"--workdir={workdir}")
@@ -91,8 +103,9 @@ def kill_at(step, monkeypatch):
 
 
 def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
-    whole, noise, tmp_path, no_export, capsys
+    whole, noise, tmp_path, no_export, monkeypatch, capsys
 ):
+    let_an_epoch_be_best(monkeypatch)
     arguments = (*SMALL, f"--data_dir={noise}", f"--workdir={tmp_path}")
     for step in (6, 11):  # The last checkpoints before are those of the steps 4 and 9.
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
@@ -105,7 +118,7 @@ def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
     assert results_of(tmp_path) == results_of(whole[0])
     for name in ("per_class.csv", "confusion.csv", "linear.json", "dataset.json"):
         assert (tmp_path / name).read_text() == (whole[0] / name).read_text()
-    assert 0 < results_of(tmp_path)["best_epoch"]
+    assert 0 < results_of(tmp_path)["best_epoch"] < 3  # So it was remembered.
     # Once more: there is nothing to train, and the result is the same.
     call(*arguments)
     assert results_of(tmp_path) == results_of(whole[0])
@@ -118,7 +131,7 @@ def test_tables_and_classify_are_those_of_the_exported_model(whole, noise):
     served = serve(image_bytes=tf.stack([tf.io.read_file(path) for path in test.paths]))
     ((views, labels),) = isd_tf.evaluation_batches(test, 16, 16)
     logits = model(views, training=False).numpy()
-    np.testing.assert_allclose(served["scores"], softmax(logits), atol=1e-5)
+    np.testing.assert_allclose(served["scores"], softmax(logits), atol=1e-4)
     assert served["classes"].numpy().tolist() == [[b"heads", b"tails"]] * 8
     # The tables, from what the SavedModel says.
     predictions = served["scores"].numpy().argmax(axis=1)
@@ -252,6 +265,7 @@ def test_a_list_has_no_test_images_and_is_scored_on_those_held_out(
 
 def test_two_devices_do_what_one_does(whole, noise, tmp_path, two_replicas, monkeypatch, no_export):
     monkeypatch.setattr(finetune, "choose_devices", lambda: two_replicas)
+    let_an_epoch_be_best(monkeypatch)
     call(*SMALL, f"--data_dir={noise}", f"--workdir={tmp_path}")
     one, two = (results_of(workdir) for workdir in (whole[0], tmp_path))
     assert one.keys() - {"test_images_in_train"} <= two.keys()
