@@ -293,8 +293,9 @@ def train(run, model, checkpoints, first_step):
     """The second phase: the whole network, at a rate that changes what it has learned little."""
     data, workdir = run.data, run.workdir
     epochs, steps = epochs_and_steps(data)
+    patience = FLAGS.patience or max(epochs // 2, 1)
     done = first_step // steps
-    if done >= epochs or model.epochs_since_best(done) >= FLAGS.patience:
+    if done >= epochs or model.epochs_since_best(done) >= patience:
         return
     unreadable, left_out = run.counter(data.fit, REPLACED), run.counter(data.held_out)
     logits_of = finetuning.logits_function(model)
@@ -317,7 +318,7 @@ def train(run, model, checkpoints, first_step):
         callbacks=[
             checkpointing.StopAtNonFiniteLoss(checkpoints),
             monitoring.Throughput(FLAGS.batch_size),
-            finetuning.KeepBest(held_out_score, FLAGS.patience),
+            finetuning.KeepBest(held_out_score, patience),
             monitoring.Progress(epochs),
             monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
             checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),

@@ -46,7 +46,7 @@ SHARED = {
     "log_every_steps": None,
 }
 BATCH_SIZE = 32
-LEARNING_RATE, LEARNING_RATE_FROM_SCRATCH = 0.03, 0.1
+LEARNING_RATE, LEARNING_RATE_FROM_SCRATCH = 0.03, 0.05
 STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1000, 10, 100
 
 flags.DEFINE_string(
@@ -55,7 +55,11 @@ flags.DEFINE_string(
 flags.DEFINE_float(
     "held_out", 0.2, "Share of each class' training images that is kept to choose the epoch by."
 )
-flags.DEFINE_integer("patience", 15, "Epochs without a better one, after which training stops.")
+flags.DEFINE_integer(
+    "patience",
+    None,
+    "Epochs without a better one, after which training stops; unset: half of all.",
+)
 flags.DEFINE_enum(
     "class_weights",
     "balanced",

@@ -356,7 +356,7 @@ def bad(photos, tmp_path_factory):
 def test_another_recipe_or_other_images_are_refused(whole, noise, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     arguments = (*SMALL, f"--workdir={tmp_path / 'run'}")
-    message = "begun with another recipe: --patience=15 then, --patience=3 now"
+    message = "begun with another recipe: --patience unset then, --patience=3 now"
     with pytest.raises(ValueError, match=message):
         call(*arguments, f"--data_dir={noise}", "--patience=3")
     shutil.copytree(noise, tmp_path / "photos")
