@@ -25,6 +25,7 @@ import finetune_settings  # isort: skip
 SMALL = (
     *("--dataset=folder", "--encoder=tiny_resnet", "--width=4", "--image_size=16"),
     *("--batch_size=4", "--epochs=3", "--checkpoint_every_steps=3", "--learning_rate=0.02"),
+    "--patience=3",
 )
 STEPS = 18 // 4 * 3  # Of 24 images, 3 of each of two classes are held out.
 
@@ -356,9 +357,9 @@ def bad(photos, tmp_path_factory):
 def test_another_recipe_or_other_images_are_refused(whole, noise, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     arguments = (*SMALL, f"--workdir={tmp_path / 'run'}")
-    message = "begun with another recipe: --patience unset then, --patience=3 now"
+    message = "begun with another recipe: --patience=3 then, --patience=2 now"
     with pytest.raises(ValueError, match=message):
-        call(*arguments, f"--data_dir={noise}", "--patience=3")
+        call(*arguments, f"--data_dir={noise}", "--patience=2")
     shutil.copytree(noise, tmp_path / "photos")
     shutil.move(tmp_path / "photos/train/heads/0.png", tmp_path / "photos/train/heads/00.png")
     with pytest.raises(ValueError, match="begun with other images than these 24"):
