@@ -169,15 +169,25 @@ def test_the_held_out_part_is_stratified_and_disjoint(photos):
     np.testing.assert_array_equal(data.weights, [1, 1])
 
 
-def test_unbalanced_labels_are_weighted_unless_told_not_to(photos, tmp_path):
+def test_unbalanced_labels_are_weighted_unless_told_not_to(photos, tmp_path, monkeypatch):
     for image in sorted((photos / "train" / "light").iterdir())[:4]:
         (tmp_path / "train" / "light").mkdir(parents=True, exist_ok=True)
         shutil.copy(image, tmp_path / "train" / "light")
     shutil.copytree(photos / "train" / "dark", tmp_path / "train" / "dark")
     arguments = (*SMALL, f"--data_dir={tmp_path}", "--workdir=x")
+    given = []
+    monkeypatch.setattr(
+        finetune.checkpointing, "fit_from_step", lambda *_, **given_: given.append(given_)
+    )
     read_flags(*arguments)
+    data = finetune.load_data()
     # Of 12 and 4 images, 3 and 1 are held out.
-    np.testing.assert_allclose(finetune.load_data().weights, [12 / 18, 12 / 6])
+    np.testing.assert_allclose(data.weights, [12 / 18, 12 / 6])
+    encoder, size, _ = finetune.load_encoder(tf.distribute.get_strategy())
+    model = finetune.build_model(tf.distribute.get_strategy(), encoder, data)
+    checkpoints = checkpointing.Checkpoints(tmp_path / "checkpoints", model)
+    finetune.train(finetune.Run(data, size, tmp_path, []), model, checkpoints, 0)
+    assert given[0]["class_weight"] == {0: pytest.approx(12 / 18), 1: pytest.approx(12 / 6)}
     read_flags(*arguments, "--class_weights=none")
     np.testing.assert_array_equal(finetune.load_data().weights, [1, 1])
 

@@ -15,6 +15,7 @@ from isd_tf.data.batches import evaluation_batches, finetuning_batches, probe_ba
 from isd_tf.evaluation import confusion, features, linear
 from isd_tf.finetuning import classifier as finetuning
 from isd_tf.finetuning.classifier import Score
+from isd_tf.training.checkpoints import fit_from_step
 
 SIZE, CLASSES = 16, 3
 LABELS = np.array([0] * 14 + [1] * 8 + [2] * 4)
@@ -178,6 +179,21 @@ def test_training_stops_after_the_patience_and_returns_to_the_best_epoch():
     for ours, then in zip(network_weights(model), weights[3], strict=True):
         np.testing.assert_array_equal(ours, then)
     assert any((ours != last).any() for ours, last in zip(weights[3], weights[6], strict=True))
+
+
+def test_patience_that_ends_in_a_continued_epoch_ends_the_training():
+    model = make_classifier()
+    model.keep_if_better(0, Score(0.9, 0.1))
+    fit_from_step(
+        model,
+        lambda step: finetuning_batches(DATA, SIZE, 8, 0, step),
+        first_step=1,
+        steps_per_epoch=3,
+        epochs=4,
+        callbacks=[finetuning.KeepBest(lambda: Score(0.5, 1.0), patience=1)],
+        verbose=0,
+    )
+    assert int(model.step.numpy()) == 2  # The rest of the first epoch.
 
 
 def test_the_linear_classifier_stays_where_no_epoch_is_better():
