@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test load parity benchmark lint bazel lock
+.PHONY: help install quickstart test slow load parity benchmark lint bazel lock
 
 # TensorFlow's notes (CPU features, ends of data sets) would bury what a run prints: 2 keeps its
 # errors. What it says at its import nevertheless, experiments/program.py holds back.
@@ -18,6 +18,9 @@ quickstart: $(VENV)/.installed  ## Pretrain and evaluate on embedded photographs
 
 test: $(VENV)/.installed  ## Run the tests
 	$(VENV)/bin/python -m pytest -n 2 tests
+
+slow: $(VENV)/.installed  ## Run the slow tests: kills, several processes, large files, large networks
+	$(VENV)/bin/python -m pytest -n 2 -m slow tests
 
 load: $(VENV)/.installed  ## Send 2000 requests to an exported encoder, some malformed
 	$(VENV)/bin/python -m pytest -s tests/serving_load.py

@@ -48,6 +48,7 @@ def vit(tmp_path_factory):
 LIVES = ["keras:MobileNetV3Small", "keras:EfficientNetV2B0", "keras:ConvNeXtTiny", "keras_hub"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIVES)
 def test_trains_continues_to_the_bit_and_exports(name, vit, tmp_path, monkeypatch):
     name = f"keras_hub:{vit}" if name == "keras_hub" else name
@@ -97,6 +98,7 @@ def test_trains_continues_to_the_bit_and_exports(name, vit, tmp_path, monkeypatc
     assert sum(sizes) == encoder.count_params()
 
 
+@pytest.mark.slow
 def test_a_run_scores_draws_and_exports_a_foreign_encoder(photos, tmp_path, capsys):
     in_process.call(
         *("--flagfile=folder.flags", f"--data_dir={photos}", f"--workdir={tmp_path}"),

@@ -293,6 +293,7 @@ def peak_of(what):
     return status("VmHWM") - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
 @pytest.mark.parametrize(
     ("kind", "largest"),

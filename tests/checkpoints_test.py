@@ -77,6 +77,7 @@ def assert_same_bits(model, other):
         np.testing.assert_array_equal(ours, theirs, err_msg=variable.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
     tmp_path, mirrored, two_replicas
@@ -183,6 +184,7 @@ checkpoints_test.train(checkpoints_test.make_model(), {directory!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the middle", "before the name"])
 def test_a_run_killed_while_it_saves_continues_to_the_same_bits(tmp_path, moment):
     whole = make_model()
@@ -244,6 +246,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.slow
 def test_several_steps_an_execution_continue_from_any_step_to_the_same_bits(tmp_path):
     whole = make_model()
     train(whole, tmp_path / "whole")
@@ -276,6 +279,7 @@ def damage(path, how):
         data.write_bytes(data.read_bytes()[:-100] + bytes(100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut off", "empty", "without data", "overwritten"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, how, caplog):
     train(make_model(), tmp_path, until=8)

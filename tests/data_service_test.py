@@ -19,6 +19,9 @@ from isd_tf.data import batches as batching
 from isd_tf.data import datasets
 from isd_tf.data.decoding import explaining
 
+# What machines and processes do to each other takes its time: make slow.
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "data_service.py"
 N, BATCH, SIZE = 23, 4, 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)

@@ -104,6 +104,7 @@ def kill_at(step, monkeypatch):
 # ------------------------------------------------------------------------------ what comes out
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_in_the_bits_of_an_uninterrupted_one(
     whole, noise, tmp_path, no_export, monkeypatch, capsys
 ):
@@ -275,6 +276,7 @@ def test_a_list_has_no_test_images_and_is_scored_on_those_held_out(
     assert [row[1] for row in rows[1:]] == ["3", "3"]
 
 
+@pytest.mark.slow
 def test_two_devices_train(noise, tmp_path, two_replicas, monkeypatch, no_export, capsys):
     """That they take the same steps as one is finetuning_test.py's."""
     monkeypatch.setattr(finetune, "choose_devices", lambda: two_replicas)

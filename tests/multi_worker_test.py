@@ -25,6 +25,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import launch  # noqa: E402
 
+# What machines and processes do to each other takes its time: make slow.
+pytestmark = pytest.mark.slow
+
 random = np.random.default_rng(0)
 
 

@@ -118,6 +118,7 @@ def kill_and_continue(arguments, workdir, step):
     assert "Continuing" in result.stdout and "complete" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", np.random.default_rng(0).integers(2, 14, 2))
 def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
     finished, photos, tmp_path, step
@@ -126,6 +127,7 @@ def test_a_run_killed_at_a_random_moment_continues_to_the_same_bits(
     assert_same_end(tmp_path, finished)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_exits_143_and_is_continued(photos, tmp_path):
     """On two devices; one is checkpoints_test.py's, two workers are multi_worker_test.py's."""
     devices = ["--strategy=mirrored", "--logical_cpus=2"]
@@ -181,6 +183,7 @@ class NumberedPhotos(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "label": i % 3}
 
 
+@pytest.mark.slow
 def test_a_tfds_stream_is_pretrained_on_and_continued_to_the_same_bits(tmp_path):
     NumberedPhotos(data_dir=str(tmp_path / "tfds")).download_and_prepare(
         download_config=tfds.download.DownloadConfig(num_shards=3)

@@ -9,4 +9,5 @@ if __name__ == "__main__":
     # For tests that start experiments/run.py: rules_python gives its import paths to no child.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     # A runfiles tree may be read-only, so pytest gets no cache in it.
-    sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
+    # The slow tests too: some files have no others.
+    sys.exit(pytest.main(["-p", "no:cacheprovider", "-m", "", *sys.argv[1:]]))
