@@ -157,9 +157,9 @@ def find_near_duplicates(settings, collection):
     return Found(
         f"near_duplicates_{threshold:g}",
         "Near-duplicates",
-        f"{len(groups)} groups of images that a similarity of at least {threshold:g} connects, "
-        f"with {len(members)} of {len(embeddings)} images. Similarities are to the first of the "
-        "group.",
+        f"{len(groups)} group{'s' * (len(groups) != 1)} of images that a similarity of at least "
+        f"{threshold:g} connects, with {len(members)} of {len(embeddings)} images. "
+        "Similarities are to the first of the group.",
         table_of(collection, members, group=numbers, similarity_to_first=to_first),
         pictured,
     )

@@ -229,7 +229,7 @@ def test_the_same_picture_in_another_file_is_a_near_duplicate(run):
     table, page = run("--near_duplicates=0.99")
     assert [os.path.basename(path) for path in table["path"]] == ["07.png", "copy of 7.jpg"]
     assert page.alts == ["07.png", "copy of 7.jpg"] and table["group"] == [0, 0]
-    assert "1 groups" in page.text
+    assert "1 group of images" in page.text
 
 
 def test_near_duplicates_between_train_and_test_are_named(run, embedded):
