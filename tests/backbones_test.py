@@ -79,6 +79,12 @@ def test_trains_continues_to_the_bit_and_exports(name, vit, tmp_path, monkeypatc
     assert bool(norms) == ("NetV" in name)  # ConvNeXt and ViT have none.
     assert all(x.moving_mean.numpy().any() for x in norms)  # In training mode.
     Checkpoints(tmp_path / "checkpoints", model).save()
+    for which in ("student", "teacher"):  # Another run may begin with either.
+        other = isd_tf.build_encoder(name, SIZE)
+        isd_tf.load_weights(other, tmp_path, which)
+        saved = model.encoders()[which].weights
+        for ours, theirs in zip(other.weights, saved, strict=True):
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
 
     continued = begin()
     assert Checkpoints(tmp_path / "checkpoints", continued).restore_newest() == 2

@@ -367,13 +367,18 @@ def _checkpoint(model):
     """All variables of a model and its optimizer.
 
     TensorFlow does not see what Keras layers keep in lists of other layers, as the blocks of
-    transformers; these variables have a list of their own.
+    transformers; these variables have lists of their own, by their network's name in the model.
     """
-    state = {"model": model, "optimizer": model.optimizer}
-    checkpoint = tf.train.Checkpoint(**state)
-    seen = {id(one) for one in tf.train.TrackableView(checkpoint).descendants()}
-    unseen = [variable for variable in model.variables if id(variable) not in seen]
-    return tf.train.Checkpoint(**state, unseen=unseen) if unseen else checkpoint
+    networks = {name: one for name, one in vars(model).items() if isinstance(one, keras.Model)}
+    unseen = {name: _hidden_variables(network) for name, network in networks.items()}
+    unseen = {name: variables for name, variables in unseen.items() if variables}
+    state = {"unseen": unseen} if unseen else {}
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer, **state)
+
+
+def _hidden_variables(network):
+    seen = {id(one) for one in tf.train.TrackableView(network).descendants()}
+    return [variable for variable in network.variables if id(variable) not in seen]
 
 
 def _flush_to_disk(directory):

@@ -164,6 +164,8 @@ def _read_run(workdir, step, encoder):
         graph = trackable_object_graph_pb2.TrackableObjectGraph()
         graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
         keys = _keys_beneath(graph.nodes, ("model", f"{encoder}_encoder"))
+        if any(child.local_name == "unseen" for child in graph.nodes[0].children):
+            keys += _keys_beneath(graph.nodes, ("unseen", f"{encoder}_encoder"))
         return _named(((name, reader.get_tensor(key)) for name, key in keys), place)
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
         first_line = str(error).splitlines()[0][:200]
