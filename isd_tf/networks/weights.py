@@ -4,6 +4,7 @@ A weight has a name and a shape in the file, and axes that bring it into Keras' 
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import keras
@@ -34,13 +35,18 @@ class Loaded(NamedTuple):
     ignored: tuple[str, ...] = ()  # names in the file that are of other networks
 
 
+def name_of(path: str) -> str:
+    """A weight's path without the number that Keras counts unnamed ones of a process by."""
+    return re.sub(r"/variable_\d+$", "/variable", path)
+
+
 def keras_slots(network: keras.Model) -> dict[str, Slot]:
     """The weights of a network by their Keras paths, such as layer1_0_conv1/kernel.
 
     Raises:
         ValueError: when two weights have the same path.
     """
-    slots = {variable.path: Slot(variable) for variable in network.weights}
+    slots = {name_of(variable.path): Slot(variable) for variable in network.weights}
     if len(slots) < len(network.weights):
         raise ValueError(
             f"Weights are told apart by their layers' names. Received: {network.name}, with "

@@ -371,6 +371,9 @@ def _checkpoint(model):
     """
     networks = {name: one for name, one in vars(model).items() if isinstance(one, keras.Model)}
     unseen = {name: _hidden_variables(network) for name, network in networks.items()}
+    found = {id(variable) for variables in unseen.values() for variable in variables}
+    # What the model itself keeps in lists, as the best weights of a finetuning.
+    unseen["model"] = [x for x in _hidden_variables(model) if id(x) not in found]
     unseen = {name: variables for name, variables in unseen.items() if variables}
     state = {"unseen": unseen} if unseen else {}
     return tf.train.Checkpoint(model=model, optimizer=model.optimizer, **state)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from isd_tf.networks import torch_weights
-from isd_tf.networks.weights import Loaded, fill, keras_slots
+from isd_tf.networks.weights import Loaded, fill, keras_slots, name_of
 
 SUFFIXES = (".keras", ".weights.h5", *torch_weights.SUFFIXES)
 ENCODERS = ("student", "teacher")
@@ -247,7 +247,7 @@ def _read_h5(path, encoder):
 
 def _named(pairs: Iterable[tuple[str, np.ndarray]], source):
     """The weights that are not a random generator's, whose names must tell them apart."""
-    pairs = [(name, array) for name, array in pairs if GENERATOR not in name]
+    pairs = [(name_of(name), array) for name, array in pairs if GENERATOR not in name]
     arrays = dict(pairs)
     if len(arrays) < len(pairs):
         raise ValueError(

@@ -216,17 +216,14 @@ def in_parts(
     shape = result.shape.as_list()
     shape[joined] = None
 
-    def one_after_the_other():
-        return tf.while_loop(
-            lambda begin, result: begin < lines,
-            join,
-            (tf.constant(0), result),
-            shape_invariants=(tf.TensorShape([]), tf.TensorShape(shape)),
-            parallel_iterations=1,
-        )[1]
-
-    # Of an ordinary image the loop would take a tenth of the time of a crop.
-    return tf.cond(lines <= step, lambda: function(tf.constant(0), lines), one_after_the_other)
+    _, result = tf.while_loop(
+        lambda begin, result: begin < lines,
+        join,
+        (tf.constant(0), result),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape(shape)),
+        parallel_iterations=1,
+    )
+    return result
 
 
 def _blocks(start, step, first, end, size):
