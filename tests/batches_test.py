@@ -325,7 +325,8 @@ def test_a_large_photograph_takes_no_more_memory_than_is_promised(
         list(batching.evaluation_batches(files, SIZE, 7))
 
     read(small)  # What TensorFlow takes once and for all.
-    assert peak_of(lambda: read(path)) < 2e9 * 1e7 / largest
+    # And what threads and buffers take once, whatever the image.
+    assert peak_of(lambda: read(path)) < 2e9 * 1e7 / largest + 1.5e8
 
 
 # -------------------------------------------------------------------------------- evaluation
