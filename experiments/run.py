@@ -94,8 +94,6 @@ def main():
                 FLAGS.keep_every_epochs * steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            if FLAGS.method == "compress":
-                require_same_teacher(workdir, checkpoints)
             begin_or_continue(workdir, checkpoints, data, initial)
             first_step = checkpoints.restore_newest()
             if first_step:
@@ -340,6 +338,10 @@ def build_model(strategy, encoder, steps_per_epoch):
 
 def begin_or_continue(workdir, checkpoints, data, initial):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
+    teacher = None
+    if FLAGS.method == "compress":  # Its teacher is in no checkpoint.
+        teacher = teachers.record(checkpoints.model.encoders()["teacher"])
+        cluster.require_same(checkpoints.strategy, {"teacher": json.dumps(teacher)})
     with cluster.failing_together(checkpoints.strategy):
         if not cluster.is_chief(checkpoints.strategy):
             return
@@ -353,9 +355,13 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             record.write_text(json.dumps(now) + "\n")
             if initial:
                 workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
+            if teacher:
+                workdirs.write_json(workdir / workdirs.TEACHER, teacher)
         else:
             flagfiles.require_same(workdir / "run.flags", settings.recipe())
             workdirs.require_same_initial_weights(workdir)
+            if teacher:
+                workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
             before = json.loads(record.read_text()) if record.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
@@ -366,27 +372,6 @@ def begin_or_continue(workdir, checkpoints, data, initial):
                     + ". Restore them to continue it, or use another --workdir."
                 )
         note_versions(workdir / "versions.json", checkpoints)
-
-
-def require_same_teacher(workdir, checkpoints):
-    """Leaves the digest of a given teacher in a new workdir; in one with checkpoints, compares it.
-
-    The checkpoints do not hold the teacher itself.
-    """
-    now = teachers.record(checkpoints.model.encoders()["teacher"])
-    cluster.require_same(checkpoints.strategy, {"teacher": json.dumps(now)})
-    with cluster.failing_together(checkpoints.strategy):
-        if not cluster.is_chief(checkpoints.strategy):
-            return
-        path = workdir / "teacher.json"
-        if not checkpoints.exist:
-            workdirs.write_json(path, now)
-        elif (before := json.loads(path.read_text())) != now:
-            raise ValueError(
-                f"The workdir {workdir} was begun with another teacher: digest "
-                f"{before['digest']} then, {now['digest']} of --teacher={FLAGS.teacher} now. Name "
-                "the same one to continue it, or use another --workdir."
-            )
 
 
 def note_versions(path, checkpoints):

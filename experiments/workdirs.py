@@ -18,6 +18,7 @@ import tensorflow as tf
 from isd_tf.training import cluster, initial_weights
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
+TEACHER = "teacher.json"
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ def about(workdir: pathlib.Path, flag_file: str = "run.flags") -> dict:
     files = {
         "data": "dataset.json",
         "initial_weights": "initial_weights.json",
-        "teacher": "teacher.json",
+        "teacher": TEACHER,
         "versions": "versions.json",
         "scores": "results.json",
     }
@@ -141,6 +142,17 @@ def require_same_initial_weights(workdir: pathlib.Path) -> None:
             f"The workdir {workdir} was begun with other weights: {record['path']} had the sha256 "
             f"{record['sha256'][:12]}... then, {now[:12]}... now. Restore it, or use another "
             "--workdir."
+        )
+
+
+def require_same_teacher(workdir: pathlib.Path, teacher: dict, source: str) -> None:
+    """Raises ValueError when a run was begun with another given teacher than `source` is now."""
+    before = json.loads((workdir / TEACHER).read_text())
+    if before != teacher:
+        raise ValueError(
+            f"The workdir {workdir} was begun with another teacher: digest {before['digest']} "
+            f"then, {teacher['digest']} of --teacher={source} now. Name the same one to continue "
+            "it, or use another --workdir."
         )
 
 

@@ -293,7 +293,7 @@ def test_models_that_are_none_are_refused(photos, model, refused, tmp_path):
     module.double = tf.function(lambda x: 2 * x, input_signature=[tf.TensorSpec([1])])
     tf.saved_model.save(module, tmp_path / "double", {"double_it": module.double})
     said = refused(photos, tmp_path / "double", out)
-    assert "needs the signature encode" in said and "double_it" in said
+    assert "by its signature `encode`" in said and "double_it" in said
 
     shutil.copytree(model[0], broken)
     card = json.loads((broken / "model_card.json").read_text())

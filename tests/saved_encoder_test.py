@@ -51,7 +51,9 @@ def test_an_encode_that_is_another_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_saved_model_and_a_broken_one_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no SavedModel.*nothing"):
+    with pytest.raises(
+        FileNotFoundError, match="Expected a SavedModel.*nothing, which does not exist"
+    ):
         load_encoder(tmp_path / "nothing")
     (tmp_path / "saved_model.pb").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -11,9 +11,11 @@ expects of its pixels instead is folded in. In all of them, as in ours:
 Sources: keras.applications; keras_hub.models.Backbone.
 """
 
+import collections
 import difflib
 import inspect
 import os
+import re
 from typing import NamedTuple
 
 import keras
@@ -297,7 +299,15 @@ def _like_ours(network, name, replaced, synchronized, groups):
     precision = keras.config.dtype_policy().variable_dtype
     # The pooling and what normalises its result.
     last = [x for x in network.layers[-2:] if isinstance(x, _LAST)]
-    pairs = []
+    pairs, unnamed = [], collections.Counter()
+
+    def own_name(layer):
+        """Unnamed layers are counted by the network, where Keras counts all of a process."""
+        kind = _snake_case(type(layer).__name__)
+        if not re.fullmatch(rf"{kind}(_\d+)?", layer.name):
+            return layer.name
+        unnamed[kind] += 1
+        return f"{kind}_{unnamed[kind]}"
 
     def copy(layer):
         if _is_taken_apart(layer, (type(network), keras.Sequential)):
@@ -308,6 +318,7 @@ def _like_ours(network, name, replaced, synchronized, groups):
         if not isinstance(layer, layers.Layer):  # An operation, without weights.
             return type(layer).from_config(config)
         made, config = type(layer), _without_randomness(layer, config)
+        config["name"] = own_name(layer)
         if layer in last:
             config["dtype"] = precision
         if _can_be_ours(layer):
@@ -324,6 +335,12 @@ def _like_ours(network, name, replaced, synchronized, groups):
     _require_batch_norm(encoder, name, synchronized, groups)
     _require_no_randomness(encoder, name)
     return encoder
+
+
+def _snake_case(name):
+    """A class' name as Keras makes layers' names of it."""
+    words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
 
 
 def _is_taken_apart(layer, plain):

@@ -3,8 +3,10 @@
 A weight has a name and a shape in the file, and axes that bring it into Keras' order.
 """
 
+import hashlib
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import keras
@@ -35,9 +37,23 @@ class Loaded(NamedTuple):
     ignored: tuple[str, ...] = ()  # names in the file that are of other networks
 
 
-def name_of(path: str) -> str:
-    """A weight's path without the number that Keras counts unnamed ones of a process by."""
-    return re.sub(r"/variable_\d+$", "/variable", path)
+def names_of(paths: Iterable[str]) -> list[str]:
+    """What tells a network's weights apart, of their Keras paths: each one's layer and own name.
+
+    Whole paths where networks inside of it share names of layers. A copy of a network may lack the
+    names of those inside; and unnamed weights Keras numbers by what a process has made before.
+    """
+    paths = [re.sub(r"/variable_\d+$", "/variable", path) for path in paths]
+    short = ["/".join(path.split("/")[-2:]) for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
+def sha256(variables: Iterable[keras.Variable]) -> str:
+    """Returns the digest of all values of some weights, in their order."""
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def keras_slots(network: keras.Model) -> dict[str, Slot]:
@@ -46,7 +62,8 @@ def keras_slots(network: keras.Model) -> dict[str, Slot]:
     Raises:
         ValueError: when two weights have the same path.
     """
-    slots = {name_of(variable.path): Slot(variable) for variable in network.weights}
+    names = names_of(variable.path for variable in network.weights)
+    slots = dict(zip(names, map(Slot, network.weights), strict=True))
     if len(slots) < len(network.weights):
         raise ValueError(
             f"Weights are told apart by their layers' names. Received: {network.name}, with "

@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,8 +19,8 @@ from isd_tf.data.pixels import MAX_PIXELS
 from isd_tf.data.readers import GROUP
 from isd_tf.serving.collection import SHARD_IMAGES, Collection, Shard, Skipped
 from isd_tf.serving.export import MODEL_CARD
+from isd_tf.serving.saved_encoder import SIGNATURE, open_saved_model
 
-SIGNATURE = "encode"
 # Images that are encoded at a time. Of more, the activations of a large network leave the caches.
 BATCH = 64
 
@@ -44,14 +43,7 @@ def load_encoder(path: str | os.PathLike) -> SavedEncoder:
         FileNotFoundError: when there is none, or no model card in it.
         ValueError: when it has no signature that takes what the card says.
     """
-    path = _newest_version(pathlib.Path(path))
-    loaded = tf.saved_model.load(str(path))
-    if SIGNATURE not in loaded.signatures:
-        raise ValueError(
-            f"The SavedModel needs the signature {SIGNATURE}, which takes views. Received: "
-            f"{shown(str(path))}, with {', '.join(loaded.signatures) or 'none'}. Export the "
-            "encoder again."
-        )
+    path, loaded = open_saved_model(path)
     if not (path / MODEL_CARD).exists():
         raise FileNotFoundError(
             f"{shown(str(path))} has no {MODEL_CARD}, which says how it takes images. Export the "
@@ -85,19 +77,6 @@ def load_encoder(path: str | os.PathLike) -> SavedEncoder:
         card["input"].get("max_pixels", MAX_PIXELS),
         embed,
     )
-
-
-def _newest_version(path):
-    if (path / "saved_model.pb").exists():
-        return path
-    versions = [p for p in path.glob("*/saved_model.pb") if p.parent.name.isdigit()]
-    if not versions:
-        raise FileNotFoundError(
-            "Expected a SavedModel, or a folder of its versions as run.py --stages=export writes "
-            f"it. Received: {shown(str(path))}, "
-            + ("which holds none." if path.is_dir() else "which does not exist.")
-        )
-    return max((p.parent for p in versions), key=lambda version: int(version.name))
 
 
 def begin(

@@ -1,7 +1,6 @@
 """The encoder as a SavedModel for TF Serving: its signatures, warm-up requests and model card."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from isd_tf.data.graph_decoder import GRAPH_FORMATS, decode
 from isd_tf.data.pixels import MAX_PIXELS
+from isd_tf.networks.weights import sha256
 from isd_tf.views import augment, crops, photometric
 
 MODEL_CARD = "model_card.json"
@@ -236,13 +236,10 @@ def _write_warm_up_requests(path, model, signatures):
 def model_card(encoder, image_size, classifier, class_names, max_pixels, signatures) -> dict:
     """What a SavedModel takes and gives, and the digest of its weights."""
     weights = [*encoder.weights, *(classifier.weights if classifier else ())]
-    digest = hashlib.sha256()
-    for weight in weights:
-        digest.update(weight.numpy().tobytes())
     card = {
         "encoder": encoder.name,
         "weights": sum(int(np.prod(weight.shape)) for weight in weights),
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": sha256(weights),
         "features": encoder.output_shape[-1],
         "signatures": {
             name: {spec.name: f"{spec.dtype.name} {spec.shape}"}

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from isd_tf.networks import torch_weights
-from isd_tf.networks.weights import Loaded, fill, keras_slots, name_of
+from isd_tf.networks.weights import Loaded, fill, keras_slots, names_of, sha256
 
 SUFFIXES = (".keras", ".weights.h5", *torch_weights.SUFFIXES)
 ENCODERS = ("student", "teacher")
@@ -108,11 +108,9 @@ def load_weights(
 
 def published(encoder: keras.Model, name: str) -> InitialWeights:
     """What `load_weights` would tell of an encoder that was built with published weights."""
-    sha256 = hashlib.sha256()
-    for weight in encoder.weights:
-        sha256.update(weight.numpy().tobytes())
     loaded = Loaded(len(encoder.weights), encoder.count_params())
-    return InitialWeights(f"what is published for {name}", None, sha256.hexdigest(), loaded)
+    what = f"what is published for {name}"
+    return InitialWeights(what, None, sha256(encoder.weights), loaded)
 
 
 def digest(path: str | os.PathLike, step: int | None) -> str | None:
@@ -121,12 +119,12 @@ def digest(path: str | os.PathLike, step: int | None) -> str | None:
     files = sorted(_checkpoint(path, step).glob("*")) if step is not None else [path]
     if not files or not all(file.is_file() for file in files):
         return None
-    sha256 = hashlib.sha256()
+    of_files = hashlib.sha256()
     for file in files:
         with open(file, "rb") as content:
             while part := content.read(2**20):
-                sha256.update(part)
-    return sha256.hexdigest()
+                of_files.update(part)
+    return of_files.hexdigest()
 
 
 # -------------------------------------------------------------------------------- a run's workdir
@@ -247,8 +245,9 @@ def _read_h5(path, encoder):
 
 def _named(pairs: Iterable[tuple[str, np.ndarray]], source):
     """The weights that are not a random generator's, whose names must tell them apart."""
-    pairs = [(name_of(name), array) for name, array in pairs if GENERATOR not in name]
-    arrays = dict(pairs)
+    pairs = [(path, array) for path, array in pairs if GENERATOR not in path]
+    names = names_of(path for path, _ in pairs)
+    arrays = dict(zip(names, (array for _, array in pairs), strict=True))
     if len(arrays) < len(pairs):
         raise ValueError(
             f"Weights are told apart by their layers' names. Received: {source}, with {len(pairs)} "
