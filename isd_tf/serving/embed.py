@@ -198,7 +198,6 @@ class _Noted(Unreadable):
 
     def add(self, name, reason, place):
         self.reasons[name] = reason
-        return False
 
     def check(self, place):
         pass
