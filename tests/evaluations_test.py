@@ -484,12 +484,12 @@ def test_test_images_that_are_training_images_too_are_said(photos, tmp_path, cap
 
 def test_that_images_are_not_compared_is_said_and_nothing_recorded(photos, capsys):
     train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
-    found = evaluations._shared_images("transfer_x_", [train, images(0)], images(0, 1))
+    found = evaluations.shared_images("transfer_x_", [train, images(0)], images(0, 1))
     assert not found
     assert f"Not compared: whether images of images 0 are also in {photos}/train, which" in (
         capsys.readouterr().out
     )
-    found = evaluations._shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
+    found = evaluations.shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
     assert found == {"transfer_x_test_images_in_train": 3}
 
 
