@@ -46,7 +46,7 @@ from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import confusion, features  # noqa: E402
 from isd_tf.finetuning import classifier as finetuning  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
-from isd_tf.training import distribution, monitoring  # noqa: E402
+from isd_tf.training import distribution, metrics, monitoring  # noqa: E402
 
 FLAG_FILE = "finetune.flags"
 
@@ -321,6 +321,7 @@ def train(run, model, checkpoints, first_step):
             finetuning.KeepBest(held_out_score, patience),
             monitoring.Progress(epochs),
             monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
+            metrics.MetricsLog(workdir / workdirs.METRICS, steps, FLAGS.log_every_steps),
             checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
             checkpointing.StopWhenTold(checkpoints),
         ],

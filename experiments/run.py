@@ -48,7 +48,7 @@ from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
-from isd_tf.training import cluster, distribution, initial_weights, monitoring  # noqa: E402
+from isd_tf.training import cluster, distribution, initial_weights, metrics, monitoring  # noqa: E402
 from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 
 # What a check says of its progress; what lies beside the images.
@@ -351,6 +351,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
         record = workdir / "dataset.json"
         now = fingerprint(train)
         if not checkpoints.exist:
+            (workdir / workdirs.METRICS).unlink(missing_ok=True)  # Of a run that saved nothing.
             flagfiles.write(workdir / "run.flags", settings.own_flags())
             record.write_text(json.dumps(now) + "\n")
             if initial:
@@ -472,6 +473,9 @@ def pretrain(run, first_step):
         *knn_callback(run, stop),
         monitoring.Progress(FLAGS.epochs),
         monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
+        metrics.MetricsLog(
+            workdir / workdirs.METRICS, steps_per_epoch(train), FLAGS.log_every_steps
+        ),
         keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
     ]
     checking = [monitoring.CheckReplicas(settings.batch_norm()[0])] if FLAGS.check_replicas else []
@@ -505,9 +509,8 @@ def knn_callback(run, stop):
     if not every or evaluations.reason_not_to_score(data):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
-    references = {}
-    if FLAGS.method == "compress":  # How far the student has come on the way to its teacher.
-        references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
+    # What the student is held against; in compress also how far it is on the way to its teacher.
+    references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)]
 
 

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 
 import flagfiles
 import keras
+import numpy as np
 import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
-from isd_tf.training import cluster, initial_weights
+from isd_tf.training import cluster, initial_weights, metrics
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
+METRICS = "metrics.jsonl"
 
 
 @contextlib.contextmanager
@@ -176,39 +178,22 @@ def flag(workdir: pathlib.Path, name: str) -> str | None:
     return next((line.removeprefix(start) for line in lines if line.startswith(start)), None)
 
 
-def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Reads a run's 1-NN accuracies over its epochs from the log that TensorBoard reads.
+def read_curves(workdir: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads a run's 1-NN accuracies over its epochs.
 
     Returns:
         For "student" and "teacher": epochs, counted from 1, and accuracies in [0, 1].
 
     Raises:
-        FileNotFoundError: when the workdir is none, or has no log of accuracies.
+        FileNotFoundError: when the workdir is none, or has no accuracies.
     """
     if not (workdir / "run.flags").exists():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no run.flags.")
-    batch_size = int(flag(workdir, "batch_size"))
-    images = json.loads((workdir / "dataset.json").read_text())["images"]
-    curves = {"student": {}, "teacher": {}}
-    # A continued run has several files, and the later ones know better.
-    for path in sorted((workdir / "logs").glob("events.*"), key=os.path.getmtime):
-        for event in _whole_events(path):
-            for value in event.summary.value:
-                for encoder, points in curves.items():
-                    if value.tag == f"epoch/{encoder}_1nn":
-                        epoch = event.step / (images // batch_size)
-                        points[epoch] = float(tf.make_ndarray(value.tensor))
-    if not all(curves.values()):
+    found = metrics.read(workdir / METRICS)
+    curves = {name: found.curve(f"{name}_1nn", "epochs") for name in ("student", "teacher")}
+    if not all(len(epochs) for epochs, _ in curves.values()):
         raise FileNotFoundError(
-            f"{workdir} has no accuracies over the epochs. Train with --knn_every_epochs, on "
-            "labelled images that have a test split."
+            f"{workdir} has no accuracies over the epochs in {METRICS}. Train with "
+            "--knn_every_epochs, on labelled images that have a test split."
         )
-    return {name: tuple(zip(*sorted(curve.items()), strict=True)) for name, curve in curves.items()}
-
-
-def _whole_events(path):
-    """The events of a log, up to one that a kill or a full disk has cut off."""
-    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
-    with contextlib.suppress(tf.errors.DataLossError):
-        for record in records:
-            yield tf.compat.v1.Event.FromString(record)
+    return curves

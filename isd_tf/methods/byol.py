@@ -18,7 +18,7 @@ class BYOL(StudentTeacher):
 
     One direction only, as the paper compares with: the student is BYOL's online network, the
     teacher its target. There are no anchors. A step reports loss (squared distance of unit vectors,
-    0 to 4), embedding_std and learning_rate as `ISD` does.
+    0 to 4), embedding_std, gradient_norm and learning_rate as `ISD` does.
 
     Args:
         encoder, projector, predictor, shuffle_batch_norm, seed: as in `StudentTeacher`. Without a
@@ -54,12 +54,13 @@ class BYOL(StudentTeacher):
             student_embeddings = self.embed_student(batch["student_view"])  # [b, D] unit rows
             distance = losses.squared_distance(student_embeddings, teacher_embeddings)  # [b]
             loss = tf.reduce_mean(distance)
-        self.update_student(tape, loss)
+        gradient_norm = self.update_student(tape, loss)
         self.update_teacher()
 
         embeddings = gather_across_replicas(teacher_embeddings)  # [B, D]
         return {
             "loss": loss,
             "embedding_std": embedding_std(embeddings),
+            "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
         }

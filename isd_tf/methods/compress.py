@@ -114,7 +114,7 @@ class CompRess(Student):
                 neighbors=0 if labels is None else self.queue.purity_neighbors,
             )
             loss = tf.reduce_mean(distillation.divergence)
-        self.update_student(tape, loss)
+        gradient_norm = self.update_student(tape, loss)
 
         monitored = {
             "loss": loss,
@@ -129,6 +129,7 @@ class CompRess(Student):
         self.queue.enqueue(embeddings, None if labels is None else gather_across_replicas(labels))
 
         monitored["embedding_std"] = embedding_std(embeddings)
+        monitored["gradient_norm"] = gradient_norm
         monitored["learning_rate"] = learning_rate
         return monitored
 

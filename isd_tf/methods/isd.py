@@ -35,6 +35,8 @@ class ISD(StudentTeacher):
                             dimensions, times sqrt(D): about 1 when spread out, 0 when collapsed
         purity              with labels: share of the 5 anchors nearest to the teacher's embedding
                             that carry the image's label; unknown labels never match
+        gradient_norm       length of the loss's gradient over all weights; of several replicas, the
+                            mean of each one's own
         learning_rate       that this step used
 
     Args:
@@ -93,7 +95,7 @@ class ISD(StudentTeacher):
                 neighbors=0 if labels is None else self.queue.purity_neighbors,
             )
             loss = tf.reduce_mean(distillation.divergence)
-        self.update_student(tape, loss)
+        gradient_norm = self.update_student(tape, loss)
         self.update_teacher()
 
         monitored = {
@@ -109,6 +111,7 @@ class ISD(StudentTeacher):
         self.queue.enqueue(embeddings, None if labels is None else gather_across_replicas(labels))
 
         monitored["embedding_std"] = embedding_std(embeddings)
+        monitored["gradient_norm"] = gradient_norm
         monitored["learning_rate"] = learning_rate
         return monitored
 

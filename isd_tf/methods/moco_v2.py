@@ -72,7 +72,7 @@ class MoCoV2(StudentTeacher):
                 student_embeddings, teacher_embeddings, anchors, self.temperature
             )
             loss = tf.reduce_mean(contrast.cross_entropy)
-        self.update_student(tape, loss)
+        gradient_norm = self.update_student(tape, loss)
         self.update_teacher()
 
         monitored = {
@@ -89,6 +89,7 @@ class MoCoV2(StudentTeacher):
         self.queue.enqueue(embeddings, None if labels is None else gather_across_replicas(labels))
 
         monitored["embedding_std"] = embedding_std(embeddings)
+        monitored["gradient_norm"] = gradient_norm
         monitored["learning_rate"] = learning_rate
         return monitored
 

@@ -77,13 +77,14 @@ class MSF(StudentTeacher):
                 student_embeddings, teacher_embeddings, anchors, self.neighbors
             )
             loss = tf.reduce_mean(shift.distance)
-        self.update_student(tape, loss)
+        gradient_norm = self.update_student(tape, loss)
         self.update_teacher()
 
         monitored = {"loss": loss}
         if labels is not None:
             monitored["purity"] = self.queue.purity(shift.nearest, labels)
         monitored["embedding_std"] = embedding_std(embeddings)
+        monitored["gradient_norm"] = gradient_norm
         monitored["learning_rate"] = learning_rate
         return monitored
 

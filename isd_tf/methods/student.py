@@ -89,8 +89,12 @@ class Student(keras.Model):
 
         return self._unit_rows(self._compiled(embed)(augment.finish(view)))
 
-    def update_student(self, tape: tf.GradientTape, loss: tf.Tensor) -> None:
-        """Takes one optimizer step on the mean `loss` (a scalar) of this replica's examples."""
+    def update_student(self, tape: tf.GradientTape, loss: tf.Tensor) -> tf.Tensor:
+        """Takes one optimizer step on the mean `loss` (a scalar) of this replica's examples.
+
+        Returns:
+            The length of this loss's gradient, over all weights; a scalar.
+        """
         with tape:
             # The optimizer adds the replicas' gradients; the batch's mean wants their average.
             scaled = self.optimizer.scale_loss(loss / distribution.number_of_replicas())
@@ -99,6 +103,8 @@ class Student(keras.Model):
         gradients = [
             tf.convert_to_tensor(x) if isinstance(x, tf.IndexedSlices) else x for x in gradients
         ]
+        scale = self.optimizer.scale_loss(1 / distribution.number_of_replicas())
+        norm = tf.linalg.global_norm(gradients) / tf.cast(scale, gradients[0].dtype)
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             gradients = distribution.spread_overflow(gradients)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
@@ -108,6 +114,7 @@ class Student(keras.Model):
             # follows its count, would lag behind the epochs.
             iterations = self.optimizer.iterations
             iterations.assign(tf.cast(self.step, iterations.dtype))
+        return norm
 
     def make_train_function(self, force=False):
         """Keras' hook: one call takes `steps_per_execution` steps and returns their mean logs.

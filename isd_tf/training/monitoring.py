@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.training import distribution
+from isd_tf.training import distribution, metrics
 from isd_tf.training.errors import sentence
 
 
@@ -36,9 +36,10 @@ class EpochMeans(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Shows how far an epoch is, its mean loss so far, and all its means at its end.
+    """Shows how far an epoch is, its mean loss so far, and a line about it at its end.
 
-    In a terminal a bar that fits into 80 columns, elsewhere a line every so often. (Keras' own bar
+    In a terminal a bar that fits into 80 columns, elsewhere a line every so often. The time left at
+    the end of an epoch is that of the whole training, scoring included. (Keras' own bar
     shows every value, wraps, and then fills the screen.)
 
     Args:
@@ -50,9 +51,12 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self.epochs = epochs
         self.seconds = seconds
+        self._began = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._last = time.monotonic()
+        if self._began is None:
+            self._began, self._first_epoch = self._last, epoch
         self._bar, self._losses, self._executions = None, 0.0, 0
         if sys.stdout.isatty():
             # Left to Keras' bar, the mean would be the last step's loss at the end.
@@ -74,16 +78,45 @@ class Progress(keras.callbacks.Callback):
             waiting = logs.get("waiting_share", 0.0)
             print(
                 f"  step {step} of {steps}: loss {loss:.4f}, {rate:.0f} images/s, "
-                f"{waiting:.0%} of the time waiting for data",
+                f"{waiting:.0%} waiting for data",
                 flush=True,
             )
 
     def on_epoch_end(self, epoch, logs=None):
-        values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
-        line = f"Epoch {epoch + 1}/{self.epochs}: {values}"
+        line = f"Epoch {epoch + 1}/{self.epochs}: {', '.join(_in_short(logs))}"
+        done = epoch + 1 - self._first_epoch
+        if epoch + 1 < self.epochs:
+            seconds = (time.monotonic() - self._began) / done * (self.epochs - epoch - 1)
+            line += f", {duration(seconds)} left"
         # One column less: some terminals begin a new line behind their last one.
-        columns = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 98
+        columns = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 100
         print(textwrap.fill(line, columns, subsequent_indent="  "), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Says a time in one or two units: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _in_short(logs):
+    """What of an epoch's means stands in its line. metrics.jsonl has all."""
+    yield f"loss {logs['loss']:.4g}"
+    if "student_1nn" in logs:
+        yield f"1-NN {logs['student_1nn']:.1%} (teacher {logs['teacher_1nn']:.1%})"
+    if "held_out_accuracy" in logs:
+        yield f"held-out accuracy {logs['held_out_accuracy']:.1%}"
+        yield f"held-out loss {logs['held_out_loss']:.4g}"
+    if "images_per_second" in logs:
+        yield f"{logs['images_per_second']:.4g} images/s"
+    if "waiting_share" in logs:
+        yield f"{logs['waiting_share']:.0%} waiting for data"
 
 
 class Throughput(keras.callbacks.Callback):
@@ -189,11 +222,9 @@ class TensorBoardLog(keras.callbacks.Callback):
         self._complained = False
 
     def on_train_batch_end(self, batch, logs=None):
-        step = int(self.model.step.numpy())
-        # An execution of several steps may pass over the multiple.
-        if step % self.every_steps < self.model.steps_per_execution:
+        if metrics.is_due(self.model, self.every_steps):
             with self._outliving_a_full_disk():
-                self._write("step", logs, step)
+                self._write("step", logs, int(self.model.step.numpy()))
 
     def on_epoch_end(self, epoch, logs=None):
         with self._outliving_a_full_disk():
@@ -208,7 +239,7 @@ class TensorBoardLog(keras.callbacks.Callback):
         with self._writer.as_default(step):
             for name, value in logs.items():
                 # tf.summary.scalar is a function of the tensorboard package; this is TensorFlow's.
-                tf.summary.write(f"{prefix}/{name}", np.float32(value), metadata=_SCALARS)
+                tf.summary.write(f"{prefix}/{name}", np.float32(value), metadata=_scalar(name))
 
     @contextlib.contextmanager
     def _outliving_a_full_disk(self):
@@ -221,6 +252,8 @@ class TensorBoardLog(keras.callbacks.Callback):
             self._complained = True
 
 
-_SCALARS = tf.compat.v1.SummaryMetadata(
-    plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
-)
+def _scalar(name):
+    return tf.compat.v1.SummaryMetadata(
+        summary_description=metrics.MEANINGS.get(name, ""),
+        plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars"),
+    )
