@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -18,7 +19,6 @@ from program import say
 from settings import FLAGS, numbers
 
 import isd_tf
-from isd_tf import report
 from isd_tf.data import check, subsets
 from isd_tf.data.batches import evaluation_batches, probe_batches
 from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelled
@@ -26,6 +26,7 @@ from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
 from isd_tf.methods.student import Student
+from isd_tf.report import figures
 from isd_tf.training.checkpoints import Checkpoints
 
 # Of the pictures: rows, and images beside each other.
@@ -100,7 +101,7 @@ class Run(NamedTuple):
 
 def check_data(data: Data) -> None:
     """Raises ValueError, before the training, where an evaluation would fail on these images."""
-    asked, rows = _asked(data), numbers("query_images", int)
+    asked, rows = asked_images(data), numbers("query_images", int)
     if any(row >= len(asked) for row in rows):
         raise ValueError(
             f"--query_images must be rows of the {len(asked)} images of {asked.name}. Received: "
@@ -132,7 +133,7 @@ def evaluate(run: Run) -> list[str]:
     failures, compared = [], False
     for name in FLAGS.evaluations:
         try:
-            reason = _reason_not_to(name, run)
+            reason = reason_not_to(name, run)
             if reason and "pretrain" in FLAGS.stages:
                 say(f"Not evaluated: {name}. {reason}")
                 continue
@@ -173,7 +174,7 @@ def _say_shared_images(train, test):
     return len(pairs)
 
 
-def _reason_not_to(name, run):
+def reason_not_to(name: str, run: Run) -> str | None:
     """Why an evaluation cannot be done after this training, or None."""
     bank = run.data.bank
     if name in SCORED_ON_TEST:
@@ -396,9 +397,9 @@ def evaluate_transfer(run: Run) -> None:
                 "folder:PATH among --transfer a folder.)"
             )
             continue
-        for of_one, (accuracy, figures) in zip(accuracies.values(), of_encoders, strict=True):
+        for of_one, (accuracy, found) in zip(accuracies.values(), of_encoders, strict=True):
             of_one.append(accuracy)
-            run.record(figures)
+            run.record(found)
         run.record(shared)
     if len(left_out) == len(FLAGS.transfer):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -495,11 +496,13 @@ def evaluate_clusters(run: Run) -> None:
         )
         path = run.workdir / "figures" / f"clusters_{name}.png"
         shown_rows = [features_.rows[of_cluster] for of_cluster in members]
-        report.draw_clusters(_views_of_rows(run, bank, shown_rows), path)
+        figures.draw_clusters(views_of_rows(run, bank, shown_rows), path)
         say(f"Members of clusters: {path}")
 
 
-def _views_of_rows(run, dataset, rows_of_groups):
+def views_of_rows(
+    run: Run, dataset: Dataset, rows_of_groups: Sequence[np.ndarray]
+) -> list[list[np.ndarray]]:
     """The evaluation views at rows of a dataset, which can be read, in groups as these."""
     rows = np.unique(np.concatenate(rows_of_groups))
     found = np.concatenate([v for v, _ in run.batches(subsets.take(dataset, rows, "shown"))])
@@ -508,29 +511,34 @@ def _views_of_rows(run, dataset, rows_of_groups):
 
 
 def evaluate_neighbors(run: Run) -> None:
-    asked = _asked(run.data)
+    asked = asked_images(run.data)
     rows = numbers("query_images", int)
     if not rows:
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
     rows = np.unique(rows)
-    found = neighbors.find(
+    path = run.workdir / "figures" / "neighbors.png"
+    found = find_neighbors(run, rows, NEIGHBORS)
+    figures.draw_neighbors(found, path, list(map(shown, asked.class_names)))
+    say(f"Neighbours in the queue of --query_images={','.join(map(str, rows))}: {path}")
+
+
+def find_neighbors(run: Run, rows: np.ndarray, count: int) -> neighbors.QueueNeighbors:
+    """Finds the `count` anchors of the queue that are nearest to each of some asked images."""
+    return neighbors.find(
         run.model,
         TEMPERATURES[FLAGS.method](),
-        subsets.take(asked, rows, "queries"),
+        subsets.take(asked_images(run.data), rows, "queries"),
         run.data.train,
         run.views,
         FLAGS.image_size,
         FLAGS.batch_size,
         FLAGS.seed,
-        NEIGHBORS,
+        count,
         run.counter(run.data.train, REPLACED),
     )
-    path = run.workdir / "figures" / "neighbors.png"
-    report.draw_neighbors(found, path, list(map(shown, asked.class_names)))
-    say(f"Neighbours in the queue of --query_images={','.join(map(str, rows))}: {path}")
 
 
-def _asked(data):
+def asked_images(data: Data) -> Dataset:
     """The images that `neighbors` takes its queries from."""
     return data.test or data.bank
 
@@ -541,7 +549,7 @@ def evaluate_curves(run: Run) -> None:
         for workdir in (run.workdir, *FLAGS.compare_with)
     }
     path = run.workdir / "figures" / "student_teacher.png"
-    report.draw_curves(curves, path)
+    figures.draw_curves(curves, path)
     say(f"Student against teacher: {path}")
 
 

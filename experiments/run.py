@@ -35,6 +35,7 @@ import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import memory  # noqa: E402
+import reporting  # noqa: E402
 import teachers  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
@@ -54,6 +55,8 @@ from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 # What a check says of its progress; what lies beside the images.
 SECONDS_BETWEEN_REPORTS = 10
 LEFT_OUT = "not_read.txt"
+# Where no epoch is scored.
+EPOCHS_BETWEEN_PAGES = 10
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
 COLLAPSED_STD = 0.01
 METHODS = {
@@ -279,6 +282,10 @@ def steps_per_epoch(train):
     return len(train) // FLAGS.batch_size if train else 1
 
 
+def all_steps(train):
+    return FLAGS.epochs * steps_per_epoch(train)
+
+
 def build_encoder(strategy):
     """Builds the encoder, and loads a new run's initial weights before there is a teacher."""
     memory.require_for_networks(FLAGS.batch_size // cluster.number_of_workers(strategy))
@@ -415,6 +422,8 @@ def run_stages(model, checkpoints, first_step, data, workdir):
                 say(f"Results: {workdirs.record(workdir, {}, run.step)}")
             except OSError as error:
                 failures.append(program.failure("Writing the results", error))
+            if "report" in FLAGS.stages:
+                failures += report(run)
             if failures:
                 raise ValueError(" ".join(failures))
 
@@ -422,7 +431,7 @@ def run_stages(model, checkpoints, first_step, data, workdir):
 def pretrain(run, first_step):
     model, train, checkpoints, workdir = run.model, run.data.train, run.checkpoints, run.workdir
     unreadable = run.counter(train, REPLACED)
-    if first_step >= FLAGS.epochs * steps_per_epoch(train):
+    if first_step >= all_steps(train):
         say("The pretraining is complete.")
         return
     strategy, service = checkpoints.strategy, None
@@ -476,6 +485,7 @@ def pretrain(run, first_step):
         metrics.MetricsLog(
             workdir / workdirs.METRICS, steps_per_epoch(train), FLAGS.log_every_steps
         ),
+        *page_callback(run, stop),
         keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
     ]
     checking = [monitoring.CheckReplicas(settings.batch_norm()[0])] if FLAGS.check_replicas else []
@@ -514,6 +524,13 @@ def knn_callback(run, stop):
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)]
 
 
+def page_callback(run, stop):
+    if "report" not in FLAGS.stages:
+        return []
+    every = FLAGS.knn_every_epochs or EPOCHS_BETWEEN_PAGES
+    return [reporting.Refresh(run, all_steps(run.data.train), every, lambda: stop.told)]
+
+
 def export(run):
     """Exports the encoder; returns what went wrong, as evaluations.evaluate does."""
     failures = []
@@ -527,6 +544,15 @@ def export(run):
             continue
         say(f"{EXPORTS[name]} of the {FLAGS.export_encoder}: {path}")
     return failures
+
+
+def report(run):
+    """Writes the page; returns what went wrong, as evaluations.evaluate does."""
+    try:
+        say(f"Page to look at: {reporting.write(run, all_steps(run.data.train))}")
+    except Exception as error:
+        return [program.failure("The report", error)]
+    return []
 
 
 def export_as(name, run, folder):

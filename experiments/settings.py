@@ -15,7 +15,7 @@ from absl import flags
 from program import say
 
 FLAGS = flags.FLAGS
-STAGES = ("check", "pretrain", "evaluate", "export")
+STAGES = ("check", "pretrain", "evaluate", "export", "report")
 VIEWS = ("strong", "weak", "crop")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
 APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
@@ -218,9 +218,9 @@ flags.DEFINE_integer("seed", 0, "Seed of initial weights, order, views and permu
 flags.DEFINE_string("workdir", None, "Receives flags, checkpoints, logs, results and SavedModel.")
 flags.DEFINE_list(
     "stages",
-    ["pretrain", "evaluate", "export"],
-    "What to do: some of pretrain, evaluate, export; or check, which reads every image and lists "
-    "what is odd.",
+    ["pretrain", "evaluate", "export", "report"],
+    "What to do: some of pretrain, evaluate, export, report, which writes report.html; or check, "
+    "which reads every image and lists what is odd.",
 )
 flags.DEFINE_enum(
     "strategy",
