@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 program.import_tensorflow()
 import numpy as np  # noqa: E402
+import settings  # noqa: E402
 import workdirs  # noqa: E402
 
 from isd_tf.data.folders import shown  # noqa: E402
@@ -61,7 +62,8 @@ class Compared(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        return tuple(sorted((k, v) for k, v in self.recipe.items() if k not in SEEDS))
+        others = set(settings.NOT_RECIPE) - {"unbalanced"} | set(SEEDS)
+        return tuple(sorted((k, v) for k, v in self.recipe.items() if k not in others))
 
 
 def main():

@@ -44,7 +44,7 @@ METHODS = {"isd": "ISD", "moco_v2": "MoCo v2", "byol": "BYOL", "msf": "MSF", "co
 # Images that are looked at: asked, and searched for their neighbours.
 ASKED, SEARCHED = 2000, 20_000
 # Pictures: images with their views; queries of a kind, and neighbours; clusters, and members.
-SHOWN_VIEWS, QUERIES, NEIGHBORS, CLUSTERS, MEMBERS = 5, 6, 7, 8, 10
+SHOWN_VIEWS, QUERIES, NEIGHBORS, CLUSTERS, MEMBERS = 6, 6, 7, 8, 9
 # Of the map: images, and the side of each one's picture.
 MAPPED, TILE = 600, 40
 # Classes of which the whole confusion is shown; of more, the pairs most often confused.
@@ -536,9 +536,7 @@ class _Page:
 
     def recipe(self):
         flags = [line.removeprefix("--").partition("=") for line in self.about["recipe"]]
-        tables = [
-            Table(("flag", "value"), [(shown(name), shown(value)) for name, _, value in flags])
-        ]
+        flags = [(shown(name), shown(value)) for name, _, value in flags]
         versions = self.about.get("versions", {})
         rows = [(name, str(value)) for name, value in versions.items()]
         rows += [("hardware, where this page was written", hardware())]

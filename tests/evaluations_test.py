@@ -14,6 +14,7 @@ import tensorflow as tf
 from PIL import Image
 
 import isd_tf
+from isd_tf.report import figures
 from isd_tf.data.batches import probe_batches
 from isd_tf.data.datasets import ArrayDataset
 from isd_tf.data.decoding import Unreadable
@@ -71,7 +72,7 @@ def restored(workdir):
 def test_the_images_drawn_are_those_of_the_clusters_members(evaluated, photos, monkeypatch):
     """With one that cannot be read among them, so that rows of features and of files differ."""
     drawn = []
-    monkeypatch.setattr(isd_tf.report, "draw_clusters", lambda members, path: drawn.extend(members))
+    monkeypatch.setattr(figures, "draw_clusters", lambda members, path: drawn.extend(members))
     for broken in (False, True):
         folder = evaluated.workdir.parent / f"photos {broken}"
         shutil.copytree(photos, folder)
@@ -271,7 +272,7 @@ def test_an_evaluation_that_fails_costs_neither_the_others_nor_the_export(
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(isd_tf.report, "draw_clusters", fail)
+    monkeypatch.setattr(figures, "draw_clusters", fail)
     with pytest.raises(ValueError, match=f"The evaluation clusters failed: {said}"):
         call(*small_run(photos, evaluated.workdir, "--stages=evaluate,export",
                         "--evaluations=clusters,fast_linear"))  # fmt: skip

@@ -86,12 +86,39 @@ def test_a_step_measures_how_long_it_waited_for_its_batch(fit):
     assert seconds[2] >= 0.4 > np.median(seconds)
 
 
-def test_progress_without_a_terminal_prints_lines_and_each_epochs_means(fit, capsys):
-    fit(monitoring.EpochMeans(), monitoring.Progress(epochs=7, seconds=0.0))
-    output = capsys.readouterr().out
-    assert "step 2 of 3: loss " in output
-    assert "Epoch 2/7: " in output and "teacher_entropy " in output
-    assert max(map(len, output.splitlines())) <= 100
+def test_progress_without_a_terminal_prints_lines_and_one_for_each_epoch(fit, capsys):
+    _, losses = fit(monitoring.EpochMeans(), monitoring.Progress(epochs=7, seconds=0.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[1].startswith("  step 2 of 3: loss ")
+    assert lines[7].startswith(f"Epoch 2/7: loss {losses[1].mean():.4g}, ")
+
+
+def test_an_epochs_line_has_all_that_matters_in_100_columns(monkeypatch, capsys):
+    """Two epochs of 90 minutes each: of 200, 198 are left."""
+    now = [0.0]
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    progress = monitoring.Progress(epochs=200)
+    progress.set_params({"steps": 5})
+    for epoch in (0, 1):
+        progress.on_epoch_begin(epoch)
+        now[0] += 5400
+        progress.on_epoch_end(epoch, {
+            "loss": 12.3456, "student_1nn": 0.79222, "student_20nn": 0.8, "teacher_1nn": 0.7907,
+            "images_per_second": 12345.6, "waiting_share": 0.2355, "teacher_entropy": 2.9,
+        })  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "Epoch 2/200: loss 12.35, 1-NN 79.2% (teacher 79.1%), 12346 images/s, 24% waiting, "
+        "12 d 9 h left"
+    )
+
+
+@pytest.mark.parametrize(
+    "seconds, said",
+    [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (3540, "59 min"), (3590, "1 h 0 min"),
+     (48 * 3600 - 61, "47 h 59 min"), (48 * 3600, "2 d 0 h"), (400 * 86400, "400 d 0 h")],
+)  # fmt: skip
+def test_durations_are_said_in_one_or_two_units(seconds, said):
+    assert monitoring.duration(seconds) == said
 
 
 def test_progress_in_a_terminal_fits_into_80_columns_and_ends_in_the_epochs_mean(

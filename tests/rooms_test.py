@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "evaluation": ("data", "views", "methods"),
     "finetuning": ("evaluation",),
     "serving": ("data", "views", "networks"),
-    "report": ("views", "evaluation"),
+    "report": ("views", "training", "evaluation"),
 }
 
 

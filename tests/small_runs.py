@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
     *("--image_size=16", "--encoder=tiny_resnet", "--width=4", "--queue_size=16", "--epochs=4"),
     *("--batch_size=4", "--knn_every_epochs=1", "--checkpoint_every_steps=2"),
+    "--stages=pretrain,evaluate,export",
 ]
 # What stands in a flag file's place that names a trained teacher.
 RANDOM_TEACHER = ["--teacher=tiny_resnet", "--teacher_weights=random"]

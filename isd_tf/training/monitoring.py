@@ -114,9 +114,10 @@ def _in_short(logs):
         yield f"held-out accuracy {logs['held_out_accuracy']:.1%}"
         yield f"held-out loss {logs['held_out_loss']:.4g}"
     if "images_per_second" in logs:
-        yield f"{logs['images_per_second']:.4g} images/s"
+        rate = logs["images_per_second"]
+        yield f"{rate:.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
     if "waiting_share" in logs:
-        yield f"{logs['waiting_share']:.0%} waiting for data"
+        yield f"{logs['waiting_share']:.0%} waiting"
 
 
 class Throughput(keras.callbacks.Callback):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isd_tf import report
+from isd_tf.report import figures
 from isd_tf.evaluation.neighbors import QueueNeighbors
 from isd_tf.views.photometric import CHANNEL_MEAN, CHANNEL_STD
 
@@ -29,7 +29,7 @@ def centre(pixels, color, tolerance=4):
 
 def test_clusters_are_rows_of_their_members(tmp_path):
     members = [[view(PALETTE[0]), view(PALETTE[1])], [view(PALETTE[2])]]
-    report.draw_clusters(members, tmp_path / "figures" / "clusters.png")
+    figures.draw_clusters(members, tmp_path / "figures" / "clusters.png")
     pixels = pixels_of(tmp_path / "figures" / "clusters.png")
     (x0, y0), (x1, y1), (x2, y2) = (centre(pixels, color) for color in PALETTE[:3])
     assert x0 < 0.5 < x1 and x2 < 0.5
@@ -48,21 +48,21 @@ def test_neighbors_stand_beside_their_query_framed_by_class(labelled, tmp_path):
         query_labels=label,
         anchor_labels=np.array([[1, 0], [1, 0]]) if labelled else np.full((2, 2), -1),
     )
-    report.draw_neighbors(neighbors, tmp_path / "neighbors.png", ("cat", "dog"))
+    figures.draw_neighbors(neighbors, tmp_path / "neighbors.png", ("cat", "dog"))
     pixels = pixels_of(tmp_path / "neighbors.png")
     columns = [centre(pixels, color)[0] for color in PALETTE[:4]]
     assert columns == sorted(columns) and len(set(columns)) == 4
-    frames = [tuple(int(report.COLORS[i][j : j + 2], 16) for j in (1, 3, 5)) for i in (2, 1)]
+    frames = [tuple(int(figures.COLORS[i][j : j + 2], 16) for j in (1, 3, 5)) for i in (2, 1)]
     for frame in frames:
         count = (np.abs(pixels - frame).max(axis=2) <= 4).sum()
         assert count > 100 if labelled else count == 0
 
 
 def test_what_is_written_and_drawn(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
     views = np.array([view(PALETTE[0])])
-    report.draw_neighbors(
+    figures.draw_neighbors(
         QueueNeighbors(
             views, views, views[np.newaxis].repeat(2, 1), np.array([[0.75, 0.125]]),
             np.array([1]), np.array([[1, 0]]),
@@ -70,12 +70,12 @@ def test_what_is_written_and_drawn(monkeypatch, tmp_path):
         tmp_path,
         ("cat", "dog"),
     )  # fmt: skip
-    texts = [axis.texts[0].get_text() for axis in figures[0].axes]
+    texts = [axis.texts[0].get_text() for axis in drawn[0].axes]
     assert texts == ["query\ndog", "not compared\nMoCo 1", "ISD 0.75\nMoCo 0", "ISD 0.12\nMoCo 0"]
-    report.draw_curves(
+    figures.draw_curves(
         {"a": {"student": ([1, 2], [0.1, 0.2]), "teacher": ([1, 2], [0.3, 0.4])}}, ""
     )
-    student, teacher = figures[1].axes[0].lines
+    student, teacher = drawn[1].axes[0].lines
     np.testing.assert_allclose(student.get_ydata(), [10, 20])
     np.testing.assert_allclose(teacher.get_ydata(), [30, 40])
     assert (student.get_linestyle(), teacher.get_linestyle()) == ("--", "-")
@@ -87,19 +87,19 @@ def test_names_are_no_formulas_and_missing_letters_cost_no_warnings(tmp_path):
     views, name = np.array([view(PALETTE[0])]), "$\\frac $x_1$ \N{GRINNING FACE}\N{SNOWMAN}"
     anchors = views[np.newaxis].repeat(2, 1)
     found = QueueNeighbors(views, views, anchors, np.ones((1, 2)), np.array([0]), np.zeros((1, 2)))
-    report.draw_neighbors(found, tmp_path / "neighbors.png", (name,))
+    figures.draw_neighbors(found, tmp_path / "neighbors.png", (name,))
     curves = {name: {"student": ([1], [0.1]), "teacher": ([1], [0.3])}}
-    report.draw_curves(curves, tmp_path / "curves.png")
+    figures.draw_curves(curves, tmp_path / "curves.png")
     assert (pixels_of(tmp_path / "neighbors.png") < 60).all(axis=2).sum() > 100
 
 
 def test_curves_of_student_and_teacher_are_drawn_for_every_run(tmp_path):
     curve = ([4, 8], [0.5, 0.75])
     runs = {f"run {i}": {"student": curve, "teacher": ([4, 8], [0.6, 0.7])} for i in range(3)}
-    report.draw_curves(runs, tmp_path / "curves.png")
+    figures.draw_curves(runs, tmp_path / "curves.png")
     pixels = pixels_of(tmp_path / "curves.png")
-    for color in report.COLORS[:3]:
+    for color in figures.COLORS[:3]:
         rgb = [int(color[j : j + 2], 16) for j in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(axis=2) <= 40).sum() > 20
-    rgb = [int(report.COLORS[4][j : j + 2], 16) for j in (1, 3, 5)]
+    rgb = [int(figures.COLORS[4][j : j + 2], 16) for j in (1, 3, 5)]
     assert (np.abs(pixels - rgb).max(axis=2) <= 4).sum() == 0
