@@ -22,6 +22,7 @@ import tensorflow as tf
 import workdirs
 from absl import logging
 from evaluations import Run
+from PIL import ImageOps
 from program import sentence
 from settings import FLAGS
 
@@ -49,10 +50,10 @@ SHOWN_VIEWS, QUERIES, NEIGHBORS, CLUSTERS, MEMBERS = 6, 6, 7, 8, 9
 MAPPED, TILE = 600, 40
 # Classes of which the whole confusion is shown; of more, the pairs most often confused.
 LARGEST_CONFUSION, CONFUSED_PAIRS = 24, 30
-# Root mean square difference of two views, of 255, up to which they look the same. Another JPEG of
-# the same photograph differs by 3 to 5.
-SAME_LOOK = 6.0
-SIMILAR = 0.9  # Cosine from which views are compared.
+# Two images look the same that differ, made small, by so much of 255 (root mean square). Another
+# JPEG of the same photograph differs by 1 to 3.
+COMPARED_SIDE, SAME_LOOK = 32, 6.0
+SIMILAR = 0.9  # Cosine from which images are compared.
 
 
 class Sample(NamedTuple):
@@ -377,10 +378,14 @@ class _Page:
             return ""
         return shown(str(names[label])) if names else f"class {label}"
 
-    def views_of(self, sample, places):
-        """Evaluation views, uint8 [n, S, S, 3], of some images of a sample."""
-        (views,) = evaluations.views_of_rows(self.run, sample.dataset, [sample.rows[places]])
-        return _as_pixels(np.array(views))
+    def small(self, sample, places, side):
+        """Some images of a sample, cut square and made small: uint8 [n, side, side, 3]."""
+        found = np.zeros((len(places), side, side, 3), np.uint8)
+        for image, row in zip(found, sample.rows[places], strict=True):
+            with contextlib.suppress(UnreadableImage):
+                original = originals.open_original(sample.dataset, int(row), FLAGS.max_pixels)
+                image[:] = ImageOps.fit(original, (side, side))
+        return found
 
     def duplicates(self, title):
         """Test images that look the same as a training image."""
@@ -390,8 +395,8 @@ class _Page:
         alike = np.flatnonzero(similarities[:, 0] > SIMILAR)
         pairs = []
         if len(alike):
-            ours = self.views_of(self.asked, alike)
-            theirs = self.views_of(self.searched, found[alike, 0])
+            ours = self.small(self.asked, alike, COMPARED_SIDE)
+            theirs = self.small(self.searched, found[alike, 0], COMPARED_SIDE)
             difference = np.sqrt(np.square(ours.astype(float) - theirs).mean(axis=(1, 2, 3)))
             pairs = alike[difference <= SAME_LOOK]
         self.near_duplicates = len(pairs), len(found)
@@ -409,7 +414,8 @@ class _Page:
         ]  # fmt: skip
         text = (
             f"{len(pairs)} of {len(found)} test images look the same as the training image nearest "
-            f"to them: their views differ by at most {SAME_LOOK:g} of 255 (root mean square)."
+            f"to them: at {COMPARED_SIDE} x {COMPARED_SIDE} pixels they differ by at most "
+            f"{SAME_LOOK:g} of 255 (root mean square)."
         )
         return Section(title, text, rows=rows)
 
@@ -473,8 +479,7 @@ class _Page:
         labels = sample.labels[places]
         known = np.unique(labels[labels >= 0])
         colors = {label: i % len(pages.MAP_COLORS) for i, label in enumerate(known)}
-        views = self.views_of(sample, places)
-        grid, columns, rows = pages.sprite(views, TILE)
+        grid, columns, rows = pages.sprite(self.small(sample, places, TILE))
         tensorboard.write_projector(self.run.workdir / "logs", values, [
             self.class_name(label) or f"row {row}"
             for label, row in zip(labels, sample.rows[places], strict=True)

@@ -14,11 +14,11 @@ import tensorflow as tf
 from PIL import Image
 
 import isd_tf
-from isd_tf.report import figures
 from isd_tf.data.batches import probe_batches
 from isd_tf.data.datasets import ArrayDataset
 from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import features, linear, transfer
+from isd_tf.report import figures
 from isd_tf.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent

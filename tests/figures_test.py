@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isd_tf.report import figures
 from isd_tf.evaluation.neighbors import QueueNeighbors
+from isd_tf.report import figures
 from isd_tf.views.photometric import CHANNEL_MEAN, CHANNEL_STD
 
 PALETTE = [(230, 20, 20), (20, 200, 20), (20, 20, 220), (220, 200, 30), (120, 30, 160)]

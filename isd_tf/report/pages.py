@@ -97,18 +97,17 @@ def picture(
     return Picture(data_uri(image), image.width, image.height, alt, note, kind)
 
 
-def sprite(images: np.ndarray, side: int) -> tuple[Image.Image, int, int]:
-    """Lays images uint8 [N, H, W, 3] on a square grid, row by row.
+def sprite(images: np.ndarray) -> tuple[Image.Image, int, int]:
+    """Lays images uint8 [N, S, S, 3] on a square grid, row by row.
 
     Returns:
         The grid, and its numbers of columns and rows.
     """
-    columns = int(np.ceil(np.sqrt(len(images))))
+    side, columns = images.shape[1], int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * side, rows * side))
     for place, image in enumerate(images):
-        tile = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-        grid.paste(tile, (place % columns * side, place // columns * side))
+        grid.paste(Image.fromarray(image), (place % columns * side, place // columns * side))
     return grid, columns, rows
 
 
