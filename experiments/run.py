@@ -21,6 +21,7 @@ import time
 
 import program
 import settings
+import settings_checks
 from absl import flags
 from program import say
 from settings import FLAGS
@@ -28,7 +29,7 @@ from settings import FLAGS
 if __name__ == "__main__":
     # Here already: --help and mistakes need not wait for TensorFlow.
     flags.adopt_module_key_flags(settings)
-    program.begin(settings.read)
+    program.begin(settings_checks.read)
 
 program.import_tensorflow()
 import evaluations  # noqa: E402
