@@ -117,6 +117,12 @@ def read(command_line: list[str]) -> None:
             f"Finetuning needs --{', --'.join(unset)}, as in: python experiments/finetune.py "
             "--encoder=runs/quickstart --dataset=photo_patches --workdir=runs/finetuned"
         )
+    automatic = [name for name in settings.AUTOMATIC if FLAGS[name].value == settings.AUTO]
+    if automatic:
+        raise ValueError(
+            f"auto is run.py's. Received: --{automatic[0]}=auto. Leave it out: finetune.py then "
+            "chooses by itself."
+        )
     settings_checks.check_lines(own_flags())
     settings_checks.check_ranges(RANGES)
     settings_checks.check_label_fraction()

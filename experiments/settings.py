@@ -12,7 +12,10 @@ import re
 from absl import flags
 
 FLAGS = flags.FLAGS
-STAGES = ("check", "pretrain", "evaluate", "export")
+STAGES = ("check", "plan", "pretrain", "evaluate", "export")
+ALONE = ("check", "plan")  # Each is a call of its own, before the training.
+AUTO = "auto"  # The value of a number that is to be found for the images, of these flags:
+AUTOMATIC = ("queue_size", "epochs", "learning_rate")
 VIEWS = ("strong", "weak", "crop")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
 APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
@@ -72,6 +75,31 @@ TRANSFER = {  # The paper's tasks, and what TFDS calls them.
     "caltech101": "caltech101",
     "flowers102": "oxford_flowers102",
 }
+
+
+class _OrAuto(flags.ArgumentParser):
+    """Reads a number, or the word auto: what experiments/auto.py then finds for the images."""
+
+    def parse(self, argument):
+        if argument == AUTO:
+            return AUTO
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError(f"expected {self.syntactic_help}, or {AUTO}") from None
+
+
+class IntegerOrAuto(_OrAuto, flags.IntegerParser):
+    pass
+
+
+class FloatOrAuto(_OrAuto, flags.FloatParser):
+    pass
+
+
+def _define_number_or_auto(parser, name, text):
+    flags.DEFINE(parser, name, None, text, serializer=flags.ArgumentSerializer())
+
 
 # Data
 flags.DEFINE_string("dataset", None, "photo_patches, folder, list, or a TFDS name.")
@@ -163,7 +191,11 @@ flags.DEFINE_enum(
 
 # Method
 flags.DEFINE_enum("method", "isd", list(METHODS), "What the student learns from the teacher.")
-flags.DEFINE_integer("queue_size", None, "Anchors in the queue.")
+_define_number_or_auto(
+    IntegerOrAuto(),
+    "queue_size",
+    "Anchors in the queue. auto: a quarter to a half of the training images, a power of two.",
+)
 flags.DEFINE_float("teacher_temperature", None, "Divides the teacher's similarities.")
 flags.DEFINE_float("student_temperature", None, "Divides the student's similarities.")
 flags.DEFINE_float("temperature", 0.2, "With moco_v2 and compress: divides all similarities.")
@@ -194,9 +226,15 @@ flags.DEFINE_integer(
 )
 
 # Optimization
-flags.DEFINE_integer("epochs", None, "Passes over the training images.")
+_define_number_or_auto(
+    IntegerOrAuto(), "epochs", "Passes over the training images. auto: the fewer images, the more."
+)
 flags.DEFINE_integer("batch_size", None, "Global batch size, over all replicas.")
-flags.DEFINE_float("learning_rate", None, "Learning rate of the first epoch.")
+_define_number_or_auto(
+    FloatOrAuto(),
+    "learning_rate",
+    "Learning rate of the first epoch. auto: by the batch; docs/settings.md has the rules.",
+)
 flags.DEFINE_enum(
     "learning_rate_schedule",
     "cosine",
@@ -217,7 +255,7 @@ flags.DEFINE_list(
     "stages",
     ["pretrain", "evaluate", "export"],
     "What to do: some of pretrain, evaluate, export; or check, which reads every image and lists "
-    "what is odd.",
+    "what is odd; or plan, which says what a run would take, by a few steps that leave nothing.",
 )
 flags.DEFINE_enum(
     "strategy",

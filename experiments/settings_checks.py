@@ -80,10 +80,11 @@ def _check_recipe(typed):
             f"Unknown stages. Expected some of {', '.join(settings.STAGES)}. "
             f"Received: --stages={','.join(FLAGS.stages)}."
         )
-    if "check" in FLAGS.stages and len(FLAGS.stages) > 1:
+    alone = [stage for stage in FLAGS.stages if stage in settings.ALONE]
+    if alone and len(FLAGS.stages) > 1:
         raise ValueError(
-            "The check is a call of its own, before the training. Received: "
-            f"--stages={','.join(FLAGS.stages)}. Pass --stages=check alone."
+            f"The {alone[0]} is a call of its own, before the training. Received: "
+            f"--stages={','.join(FLAGS.stages)}. Pass --stages={alone[0]} alone."
         )
     # Of a flag file's, a nested one may well be about another method.
     every = dict.fromkeys(name for names in settings.METHODS.values() for name in names)
@@ -93,15 +94,12 @@ def _check_recipe(typed):
     check_ranges(RANGES)
     if FLAGS.stages == ["check"]:
         return  # The rest is about trainings.
-    if not 0 < FLAGS.learning_rate < float("inf"):
+    if FLAGS.learning_rate != settings.AUTO and not 0 < FLAGS.learning_rate < float("inf"):
         raise ValueError(
             f"--learning_rate must be positive and finite. Received: {FLAGS.learning_rate}."
         )
-    if "queue_size" in own and FLAGS.queue_size < FLAGS.batch_size:
-        raise ValueError(
-            f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
-            f"Received: --queue_size={FLAGS.queue_size}. Raise it or lower --batch_size."
-        )
+    if FLAGS.queue_size != settings.AUTO:
+        check_queue()
     if FLAGS.learning_rate_schedule == "drops":
         bad = [epoch for epoch in FLAGS.drop_epochs if not epoch.isdigit()]
         if bad or not FLAGS.drop_epochs:
@@ -109,17 +107,33 @@ def _check_recipe(typed):
                 "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
                 f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
             )
+        if FLAGS.epochs == settings.AUTO:
+            raise ValueError(
+                "Drops come after so many epochs of as many. Received: --epochs=auto with "
+                "--learning_rate_schedule=drops. Give their number, or use the cosine."
+            )
     _check_encoder()
-    if FLAGS.method == "msf" and FLAGS.neighbors > FLAGS.queue_size:
-        raise ValueError(
-            f"--neighbors must be at most --queue_size={FLAGS.queue_size}. "
-            f"Received: {FLAGS.neighbors}."
-        )
     settings.views()
     settings.batch_norm()
     _check_initial_weights()
     _check_export()
     _check_teacher()
+
+
+def check_queue() -> None:
+    """Raises ValueError for a queue that is too small, where the method has one."""
+    if "queue_size" not in settings.METHODS[FLAGS.method]:
+        return
+    if FLAGS.queue_size < FLAGS.batch_size:
+        raise ValueError(
+            f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
+            f"Received: --queue_size={FLAGS.queue_size}. Raise it or lower --batch_size."
+        )
+    if FLAGS.method == "msf" and FLAGS.neighbors > FLAGS.queue_size:
+        raise ValueError(
+            f"--neighbors must be at most --queue_size={FLAGS.queue_size}. "
+            f"Received: {FLAGS.neighbors}."
+        )
 
 
 def _check_initial_weights():
@@ -355,10 +369,10 @@ def check_lines(flags_: list[flags.Flag]) -> None:
 def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
     """Raises ValueError for a number outside of its range, lowest and highest by flag."""
     for name, (low, high) in ranges.items():
-        if FLAGS[name].value is not None and not low <= FLAGS[name].value <= high:
+        value = FLAGS[name].value
+        if value not in (None, settings.AUTO) and not low <= value <= high:
             raise ValueError(
-                f"--{name} must be at least {low} and at most {high}. "
-                f"Received: {FLAGS[name].value}."
+                f"--{name} must be at least {low} and at most {high}. Received: {value}."
             )
 
 
