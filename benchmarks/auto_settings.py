@@ -19,13 +19,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import isd_tf
 
-WIDTH, BATCH, RATE, TEST, SHORT = 16, 64, 0.1, 2000, 40_000
+WIDTH, BATCH, RATE, TEST = 16, 64, 0.05, 2000
 DATASETS = {"photo_patches": 32, "fashion_mnist": 28}  # And the side of their images.
 SIZES = (300, 3000, 10_000)
-PASSES = (20_000, 60_000, 180_000)  # Images seen, all epochs together.
+PASSES = (10_000, 40_000, 160_000)  # Images seen, all epochs together.
 
 
 def half(images):
@@ -39,24 +40,21 @@ def setting(dataset, images, passes, queue=None, batch=BATCH, rate=RATE, seed=0)
     return dict(zip(names, (dataset, images, passes, queue, batch, rate, seed), strict=True))
 
 
+def lengths(passes):
+    return [setting(name, images, passes) for images in SIZES for name in DATASETS]
+
+
 GROUPS = {
-    "rates": [  # The second three are those of the first, scaled with the batch.
-        setting(dataset, 3000, SHORT, batch=batch, rate=rate)
+    "rates": [  # The second three are the first, in proportion to the batch.
+        setting("photo_patches", 3000, PASSES[1], batch=batch, rate=rate)
         for batch, rates in ((64, (0.0125, 0.05, 0.2)), (256, (0.05, 0.2, 0.8)))
         for rate in rates
-        for dataset in DATASETS
-    ],
-    "lengths": [
-        setting(dataset, images, passes)
-        for passes in PASSES
-        for images in SIZES
-        for dataset in DATASETS
-    ],
+    ]
+    + [setting("photo_patches", 3000, PASSES[2], rate=rate) for rate in (0.0125, 0.05)],
     "queues": [
-        setting(dataset, 3000, SHORT, queue)
-        for queue in (64, 256, 1024, 12_000)
-        for dataset in DATASETS
+        setting("photo_patches", 3000, PASSES[1], queue) for queue in (64, 256, 1024, 12_000)
     ],
+    "lengths": [one for passes in PASSES for one in lengths(passes)],
 }
 
 
@@ -95,6 +93,7 @@ def score(dataset, images, passes, queue, batch, rate, seed):
 
 
 def main(path, groups):
+    tf.get_logger().setLevel("ERROR")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     done = {tuple(json.loads(line)["setting"].values()) for line in lines}
