@@ -89,14 +89,13 @@ def main():
         data = load_data(strategy)
         train = data.train if data else None
         chosen = choose_settings(strategy, train)
-        if FLAGS.stages != ["plan"]:
-            tell_settings(train, chosen)
         encoder, initial = build_encoder(strategy)
         model = build_model(strategy, encoder, steps_per_epoch(train))
         if FLAGS.stages == ["plan"]:
             show_plan(model, data, chosen)
             cluster.linger(strategy)
             return
+        tell_settings(train, chosen)
 
         with workdirs.locked(FLAGS.workdir, strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
@@ -213,18 +212,6 @@ def choose_devices():
             os.devnull, "w", errors="replace"
         )  # The chief speaks for all; errors go to stderr.
     return strategy
-
-
-def show_plan(model, data, chosen):
-    """Says what the run would take. Writes nothing: the run that follows begins as without it."""
-    train, workdir = data.train, pathlib.Path(FLAGS.workdir)
-    if settings.is_begun():
-        with cluster.failing_together(model.distribute_strategy):
-            require_same_run(workdir, train)
-    unreadable = Unreadable(len(train), FLAGS.max_unreadable, REPLACED, FLAGS.max_pixels)
-    with explaining([unreadable]):
-        batches_from = pretraining_stream(model.distribute_strategy, train, unreadable)
-        say(plan.show(model, data, chosen, batches_from(0)))
 
 
 def load_data(strategy):
@@ -398,6 +385,18 @@ def build_model(strategy, encoder, steps_per_epoch):
             steps_per_execution=FLAGS.steps_per_execution,
         )
     return model
+
+
+def show_plan(model, data, chosen):
+    """Says what the run would take. Nothing is written, so that the run begins as without it."""
+    train, workdir = data.train, pathlib.Path(FLAGS.workdir)
+    if settings.is_begun():
+        with cluster.failing_together(model.distribute_strategy):
+            require_same_run(workdir, train)
+    unreadable = Unreadable(len(train), FLAGS.max_unreadable, REPLACED, FLAGS.max_pixels)
+    with explaining([unreadable]):
+        batches_from = pretraining_stream(model.distribute_strategy, train, unreadable)
+        say(plan.show(model, data, chosen, batches_from(0)))
 
 
 def begin_or_continue(workdir, checkpoints, data, initial):
