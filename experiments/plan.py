@@ -203,9 +203,10 @@ def few_images_warning(images: int) -> str:
     if images >= auto.FEW_IMAGES or FLAGS.method == "compress" or FLAGS.initial_weights:
         return ""
     return (
-        f"{images} images are few to learn to see from (docs/settings.md). Given weights "
-        "(--initial_weights) or a trained network as teacher (--method=compress, "
-        "docs/distillation.md) know more."
+        f"{images} images are few. Expect an encoder for images much like these, better than an "
+        "untrained one (figures: docs/settings.md); of what they do not show it learns nothing. "
+        "Given weights (--initial_weights), or a trained network as the teacher "
+        "(--method=compress, docs/distillation.md), bring what other images have taught."
     )
 
 

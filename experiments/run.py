@@ -252,7 +252,7 @@ def choose_settings(strategy, train):
     rules = {
         "queue_size": lambda: auto.queue_size(images, FLAGS.batch_size),
         "epochs": lambda: auto.epochs(images),
-        "learning_rate": lambda: auto.learning_rate(FLAGS.method, FLAGS.batch_size),
+        "learning_rate": lambda: auto.learning_rate(FLAGS.method, FLAGS.batch_size, images),
     }
     for name in [name for name in settings.AUTOMATIC if FLAGS[name].value == settings.AUTO]:
         if name == "queue_size" and name not in settings.METHODS[FLAGS.method]:

@@ -45,9 +45,9 @@ def test_a_queue_holds_the_batch_and_at_most_the_papers(images, batch_size, size
 
 
 def test_the_fewer_images_the_more_epochs_within_bounds():
-    numbers = [auto.epochs(images)[0] for images in (10, 300, 700, 1500, 2999, 3000, 10**6)]
-    assert numbers == [1000, 1000, 858, 400, 201, 200, 200]
-    for images in (700, 1500, 2999):  # And not an epoch more than it takes.
+    numbers = [auto.epochs(images)[0] for images in (10, 200, 300, 700, 999, 1000, 10**6)]
+    assert numbers == [1000, 1000, 667, 286, 201, 200, 200]
+    for images in (300, 700, 999):  # And not an epoch more than it takes.
         seen = auto.epochs(images)[0] * images
         assert auto.IMAGES_SEEN <= seen < auto.IMAGES_SEEN + images
 
@@ -60,22 +60,25 @@ def recipe_of(name):
 @pytest.mark.parametrize("name", ["imagenet.flags", "moco_v2.flags", "byol.flags", "msf.flags"])
 def test_the_rate_is_that_of_the_papers_recipe_at_its_batch(name):
     recipe = recipe_of(name)
-    assert auto.learning_rate(recipe.method, recipe.batch_size)[0] == recipe.learning_rate
-    assert auto.learning_rate(recipe.method, 1024)[0] == pytest.approx(4 * recipe.learning_rate)
+    rate = recipe.learning_rate
+    assert auto.learning_rate(recipe.method, recipe.batch_size, 1_281_167)[0] == rate
+    assert auto.learning_rate(recipe.method, 1024, 10**5)[0] == pytest.approx(4 * rate)
+    assert auto.learning_rate(recipe.method, 64, 99_999)[0] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
-    ("images", "queue", "epochs", "every"), [(300, 128, 1000, 50), (300_000, 128_000, 200, 10)]
+    ("images", "queue", "epochs", "every", "rate"),
+    [(300, 128, 667, 33, 0.05), (300_000, 128_000, 200, 10, 0.0125)],
 )
-def test_folder_flags_suit_any_number_of_images(images, queue, epochs, every, capsys):
+def test_folder_flags_suit_any_number_of_images(images, queue, epochs, every, rate):
     recipe = recipe_of("folder.flags")
     chosen = run.choose_settings(tf.distribute.get_strategy(), range(images))
     assert (recipe.queue_size, recipe.epochs, recipe.knn_every_epochs) == (queue, epochs, every)
-    assert recipe.learning_rate == 0.05 * recipe.batch_size / 256
+    assert (recipe.learning_rate, recipe.batch_size) == (rate, 64)
     assert [text.partition(":")[0] for text in chosen] == [
         f"--queue_size={queue}",
         f"--epochs={epochs}",
-        "--learning_rate=0.0125",
+        f"--learning_rate={rate}",
     ]
 
 
@@ -142,7 +145,7 @@ def test_a_run_keeps_the_numbers_that_it_has_found(
     name, weights = newest_weights(tmp_path)
     assert name == "step-00000012"
     assert weights["model/queue/rows/.ATTRIBUTES/VARIABLE_VALUE"].shape == (8, 4)
-    found = {"queue_size": "8", "epochs": "2", "learning_rate": "0.00078125"}
+    found = {"queue_size": "8", "epochs": "2", "learning_rate": "0.003125"}
     assert {name: workdirs.flag(tmp_path, name) for name in found} == found
     assert "auto" not in (tmp_path / "run.flags").read_text().replace("--strategy=auto", "")
 
