@@ -44,7 +44,7 @@ def epochs(images: int) -> tuple[int, str]:
         return FEWEST_EPOCHS, "the paper's"
     if needed >= MOST_EPOCHS:
         return MOST_EPOCHS, f"the most for few images ({images})"
-    return needed, f"so many that {IMAGES_SEEN} images are seen, each of {images} again and again"
+    return needed, f"so many that {IMAGES_SEEN} images are seen in all"
 
 
 def learning_rate(method: str, batch_size: int, images: int) -> tuple[float, str]:

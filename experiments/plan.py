@@ -26,11 +26,11 @@ from isd_tf.training import cluster
 
 COLUMNS, LABEL = 100, 18
 FLOAT = 4  # bytes
-# Calls of the train function that are not timed: the one that compiles, and those whose batches
-# were read meanwhile.
-UNTIMED_CALLS = 4
-FEWEST_CALLS, MOST_CALLS, SECONDS = 3, 30, 10
-KNN_BATCHES = 3
+# Calls of the train function that are timed; before them, where steps are quick, so many whose
+# batches were read while the first one compiled.
+FEWEST_CALLS, MOST_CALLS, SECONDS = 2, 30, 10
+CALLS_READ_AHEAD = 3
+KNN_BATCH, KNN_BATCHES = 64, 3
 # Below so many images BatchNorm's statistics err much (Wu and He, Group Normalization, figure 1).
 FEW_FOR_BATCH_NORM = 16
 # Times that the teacher must have forgotten all but 1/e of its random weights.
@@ -79,13 +79,15 @@ def show(model: Student, data: evaluations.Data, chosen: list[str], batches: Ite
 def time_steps(model: Student, batches: Iterable) -> Timing:
     """Times steps as a run takes them, without the first ones. Called by all workers."""
     take, iterator = model.make_train_function(), iter(batches)
-    for _ in range(UNTIMED_CALLS):
-        start = time.monotonic()
-        float(take(iterator)["loss"])
-    # One worker's clock decides for all.
+    float(take(iterator)["loss"])  # Compiles.
+    start = time.monotonic()
+    float(take(iterator)["loss"])
     calls = math.ceil(SECONDS / max(time.monotonic() - start, 1e-3))
     calls = min(max(calls, FEWEST_CALLS), MOST_CALLS)
+    # One worker's clock decides for all.
     calls = int(cluster.gather_from_workers(model.distribute_strategy, calls)[0])
+    for _ in range(min(CALLS_READ_AHEAD, calls - FEWEST_CALLS)):
+        float(take(iterator)["loss"])
     waited, start = 0.0, time.monotonic()
     for _ in range(calls):
         logs = take(iterator)
@@ -288,7 +290,7 @@ def _taken():
 
 def _seconds_to_embed(model, bank):
     """Of an image, by student and teacher."""
-    batches = evaluation_batches(bank, FLAGS.image_size, features.BATCH).repeat()
+    batches = evaluation_batches(bank, FLAGS.image_size, KNN_BATCH).repeat()
     chunks = features.in_chunks(model.encoders(), batches.take(1 + KNN_BATCHES), 1)
     next(chunks)  # Compiles.
     start = time.monotonic()
