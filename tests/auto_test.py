@@ -1,6 +1,7 @@
 """The rules behind `auto`, on their own and in runs of experiments/run.py."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -159,8 +160,11 @@ def test_a_run_keeps_the_numbers_that_it_has_found(
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 12
     assert (tmp_path / "saved_model" / "1").is_dir()
     call(*small_run(photos, tmp_path), *AUTO, "--stages=export")
-    with pytest.raises(ValueError, match="begun with other images: 24 then, 8"):
-        call(*arguments, "--train_split=val", "--test_split=train")
+    more = tmp_path / "more"
+    shutil.copytree(photos, more)
+    shutil.copy(more / "train/dark/3.png", more / "train/dark/extra.png")
+    with pytest.raises(ValueError, match="begun with other images: 24 then, 25 of"):
+        call(*arguments, f"--data_dir={more}")
 
 
 def test_an_export_alone_of_nothing_is_refused(photos, tmp_path):
