@@ -7,6 +7,7 @@ import os
 
 import flagfiles
 import settings
+import settings_checks
 from absl import flags
 
 FLAGS = flags.FLAGS
@@ -75,10 +76,10 @@ NOT_RECIPE = (
     "deterministic checkpoint_every_steps keep_checkpoints log_every_steps"
 ).split()
 RANGES = {
-    **{name: settings.RANGES[name] for name in SHARED if name in settings.RANGES},
-    "epochs": (0, settings.LARGEST),
+    **{name: settings_checks.RANGES[name] for name in SHARED if name in settings_checks.RANGES},
+    "epochs": (0, settings_checks.LARGEST),
     "weight_decay": (0, 1),
-    "patience": (1, settings.LARGEST),
+    "patience": (1, settings_checks.LARGEST),
 }
 REQUIRED = ("dataset", "encoder", "workdir")
 
@@ -116,9 +117,15 @@ def read(command_line: list[str]) -> None:
             f"Finetuning needs --{', --'.join(unset)}, as in: python experiments/finetune.py "
             "--encoder=runs/quickstart --dataset=photo_patches --workdir=runs/finetuned"
         )
-    settings.check_lines(own_flags())
-    settings.check_ranges(RANGES)
-    settings.check_label_fraction()
+    automatic = [name for name in settings.AUTOMATIC if FLAGS[name].value == settings.AUTO]
+    if automatic:
+        raise ValueError(
+            f"auto is run.py's. Received: --{automatic[0]}=auto. Leave it out: finetune.py then "
+            "chooses by itself."
+        )
+    settings_checks.check_lines(own_flags())
+    settings_checks.check_ranges(RANGES)
+    settings_checks.check_label_fraction()
     if not 0 < FLAGS.held_out < 1:
         raise ValueError(
             f"--held_out must be greater than 0 and smaller than 1. Received: {FLAGS.held_out}."

@@ -14,6 +14,7 @@ Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import random
 import sys
@@ -21,6 +22,7 @@ import time
 
 import program
 import settings
+import settings_checks
 from absl import flags
 from program import say
 from settings import FLAGS
@@ -28,13 +30,15 @@ from settings import FLAGS
 if __name__ == "__main__":
     # Here already: --help and mistakes need not wait for TensorFlow.
     flags.adopt_module_key_flags(settings)
-    program.begin(settings.read)
+    program.begin(settings_checks.read)
 
 program.import_tensorflow()
+import auto  # noqa: E402
 import evaluations  # noqa: E402
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import memory  # noqa: E402
+import plan  # noqa: E402
 import reporting  # noqa: E402
 import teachers  # noqa: E402
 import tensorflow as tf  # noqa: E402
@@ -43,7 +47,7 @@ from absl import logging  # noqa: E402
 
 import isd_tf  # noqa: E402
 from isd_tf.data import check, subsets  # noqa: E402
-from isd_tf.data.decoding import REPLACED, explaining  # noqa: E402
+from isd_tf.data.decoding import REPLACED, Unreadable, explaining  # noqa: E402
 from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
@@ -55,6 +59,7 @@ from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 # What a check says of its progress; what lies beside the images.
 SECONDS_BETWEEN_REPORTS = 10
 LEFT_OUT = "not_read.txt"
+DATASET = "dataset.json"  # Of a workdir: which images it was begun with.
 # Where no epoch is scored.
 EPOCHS_BETWEEN_PAGES = 10
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
@@ -86,8 +91,14 @@ def main():
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
         train = data.train if data else None
+        chosen = choose_settings(strategy, train)
         encoder, initial = build_encoder(strategy)
         model = build_model(strategy, encoder, steps_per_epoch(train))
+        if FLAGS.stages == ["plan"]:
+            show_plan(model, data, chosen)
+            cluster.linger(strategy)
+            return
+        tell_settings(train, chosen)
 
         with workdirs.locked(FLAGS.workdir, strategy) as workdir:
             checkpoints = checkpointing.Checkpoints(
@@ -146,7 +157,8 @@ def choose_devices():
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
     tf_config = os.environ.get("TF_CONFIG", "")
-    training = "pretrain" in FLAGS.stages or cluster.parse_tf_config(tf_config)
+    takes_steps = {"pretrain", "plan"} & set(FLAGS.stages)
+    training = takes_steps or cluster.parse_tf_config(tf_config)
     strategy = distribution.choose_strategy(
         FLAGS.strategy if training else "one", tf_config, FLAGS.cluster_timeout
     )
@@ -231,14 +243,53 @@ def load_data(strategy):
             f"--steps_per_execution must divide the {steps} steps of an epoch. Received: "
             f"{FLAGS.steps_per_execution}. Use one of {', '.join(fitting)}."
         )
-    if "queue_size" in settings.METHODS[FLAGS.method] and FLAGS.queue_size > len(train):
-        logging.warning(
-            "The queue (%d) is larger than the dataset (%d images): images will meet older keys "
-            "of themselves among their anchors.",
-            FLAGS.queue_size,
-            len(train),
-        )
     return data
+
+
+def choose_settings(strategy, train):
+    """Puts a number in the place of every `auto`, and returns sentences that say why.
+
+    In a workdir with checkpoints it is the number that the run was begun with.
+    """
+    images, chosen = len(train) if train else 0, []
+    rules = {
+        "queue_size": lambda: auto.queue_size(images, FLAGS.batch_size),
+        "epochs": lambda: auto.epochs(images),
+        "learning_rate": lambda: auto.learning_rate(FLAGS.method, FLAGS.batch_size, images),
+    }
+    for name in [name for name in settings.AUTOMATIC if FLAGS[name].value == settings.AUTO]:
+        if name == "queue_size" and name not in settings.METHODS[FLAGS.method]:
+            FLAGS.queue_size = None
+            continue
+        begun_with = None
+        with cluster.failing_together(strategy):
+            if settings.is_begun():
+                begun_with = workdirs.flag(pathlib.Path(FLAGS.workdir), name)
+            elif not train:
+                raise ValueError(f"{FLAGS.workdir} holds no checkpoint. Add pretrain to --stages.")
+        if begun_with:
+            value, reason = FLAGS[name].parser.parse(begun_with), "as the run was begun"
+        else:
+            value, reason = rules[name]()
+        if name == "epochs" and FLAGS["knn_every_epochs"].using_default_value:
+            FLAGS.knn_every_epochs = auto.knn_every_epochs(value)
+            reason += f"; --knn_every_epochs={FLAGS.knn_every_epochs}"
+        FLAGS[name].value = value
+        chosen.append(f"--{name}={value:g}: {reason}.")
+    settings_checks.check_queue()
+    return chosen
+
+
+def tell_settings(train, chosen):
+    """Says what `auto` has become, and what is to be expected of so few images."""
+    for sentence in chosen:
+        say(sentence)
+    if not train or "pretrain" not in FLAGS.stages:
+        return
+    if chosen and (few := plan.few_images_warning(len(train))):
+        say(few)
+    if large := plan.queue_warning(len(train)):
+        logging.warning(large)
 
 
 def load_splits():
@@ -343,6 +394,18 @@ def build_model(strategy, encoder, steps_per_epoch):
     return model
 
 
+def show_plan(model, data, chosen):
+    """Says what the run would take. Nothing is written, so that the run begins as without it."""
+    train, workdir = data.train, pathlib.Path(FLAGS.workdir)
+    if settings.is_begun():
+        with cluster.failing_together(model.distribute_strategy):
+            require_same_run(workdir, train)
+    unreadable = Unreadable(len(train), FLAGS.max_unreadable, REPLACED, FLAGS.max_pixels)
+    with explaining([unreadable]):
+        batches_from = pretraining_stream(model.distribute_strategy, train, unreadable)
+        say(plan.show(model, data, chosen, batches_from(0)))
+
+
 def begin_or_continue(workdir, checkpoints, data, initial):
     """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
     teacher = None
@@ -355,31 +418,35 @@ def begin_or_continue(workdir, checkpoints, data, initial):
         train = data.train if data else None
         if data:
             name_left_out(workdir, data.bank, data.test)
-        record = workdir / "dataset.json"
-        now = fingerprint(train)
         if not checkpoints.exist:
             (workdir / workdirs.METRICS).unlink(missing_ok=True)  # Of a run that saved nothing.
             flagfiles.write(workdir / "run.flags", settings.own_flags())
-            record.write_text(json.dumps(now) + "\n")
+            (workdir / DATASET).write_text(json.dumps(fingerprint(train)) + "\n")
             if initial:
                 workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
             if teacher:
                 workdirs.write_json(workdir / workdirs.TEACHER, teacher)
         else:
-            flagfiles.require_same(workdir / "run.flags", settings.recipe())
-            workdirs.require_same_initial_weights(workdir)
+            require_same_run(workdir, train)
             if teacher:
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
-            before = json.loads(record.read_text()) if record.exists() else now
-            if train and before != now:
-                same_number = before["images"] == len(train)
-                raise ValueError(
-                    f"The workdir {workdir} was begun with other images: {before['images']} then, "
-                    f"{len(train)} of {train.name} now"
-                    + (", the same number but not the same" if same_number else "")
-                    + ". Restore them to continue it, or use another --workdir."
-                )
         note_versions(workdir / "versions.json", checkpoints)
+
+
+def require_same_run(workdir, train):
+    """Raises ValueError where a workdir was begun with another recipe, weights or images."""
+    flagfiles.require_same(workdir / "run.flags", settings.recipe())
+    workdirs.require_same_initial_weights(workdir)
+    record, now = workdir / DATASET, fingerprint(train)
+    before = json.loads(record.read_text()) if record.exists() else now
+    if train and before != now:
+        same_number = before["images"] == len(train)
+        raise ValueError(
+            f"The workdir {workdir} was begun with other images: {before['images']} then, "
+            f"{len(train)} of {train.name} now"
+            + (", the same number but not the same" if same_number else "")
+            + ". Restore them to continue it, or use another --workdir."
+        )
 
 
 def note_versions(path, checkpoints):
@@ -434,27 +501,8 @@ def pretrain(run, first_step):
     if first_step >= all_steps(train):
         say("The pretraining is complete.")
         return
-    strategy, service = checkpoints.strategy, None
-    if FLAGS.data_service:
-        # The chief's number names the job: an earlier start's would hold batches of other steps.
-        number = cluster.gather_from_workers(strategy, random.SystemRandom().getrandbits(60))[0]
-        service = isd_tf.DataService(FLAGS.data_service, f"{number}")
-
-    def batches_from(step):
-        return strategy.distribute_datasets_from_function(
-            lambda context: isd_tf.pretraining_batches(
-                train,
-                settings.views(),
-                FLAGS.image_size,
-                FLAGS.batch_size,
-                FLAGS.seed,
-                step,
-                unreadable,
-                context,
-                service,
-            )
-        )
-
+    strategy = checkpoints.strategy
+    batches_from = pretraining_stream(strategy, train, unreadable)
     start = time.monotonic()
     last_means = {}
 
@@ -512,6 +560,32 @@ def pretrain(run, first_step):
             "at them. If they are not, try a lower --learning_rate or a higher --teacher_momentum.",
             last_means["embedding_std"],
         )
+
+
+def pretraining_stream(strategy, train, unreadable):
+    """Returns a function from a step to the batches from there on."""
+    service = None
+    if FLAGS.data_service:
+        # The chief's number names the job: an earlier start's would hold batches of other steps.
+        number = cluster.gather_from_workers(strategy, random.SystemRandom().getrandbits(60))[0]
+        service = isd_tf.DataService(FLAGS.data_service, f"{number}")
+
+    def batches_from(step):
+        return strategy.distribute_datasets_from_function(
+            lambda context: isd_tf.pretraining_batches(
+                train,
+                settings.views(),
+                FLAGS.image_size,
+                FLAGS.batch_size,
+                FLAGS.seed,
+                step,
+                unreadable,
+                context,
+                service,
+            )
+        )
+
+    return batches_from
 
 
 def knn_callback(run, stop):

@@ -1,21 +1,21 @@
-"""The settings of a run: its flags, and what a command line may not say.
+"""The settings of a run: its flags, and what some of them mean.
 
 Knows neither TensorFlow nor isd_tf, whose import takes seconds: `--help` and mistakes are answered
 before. So the names that the package knows stand here once more; settings_test.py holds them to it.
+What a command line may not say, settings_checks.py knows.
 """
 
-import difflib
 import glob
-import importlib.util
 import os
 import re
 
-import flagfiles
 from absl import flags
-from program import say
 
 FLAGS = flags.FLAGS
-STAGES = ("check", "pretrain", "evaluate", "export", "report")
+STAGES = ("check", "plan", "pretrain", "evaluate", "export", "report")
+ALONE = ("check", "plan")  # Each is a call of its own, before the training.
+AUTO = "auto"  # The value of a number that is to be found for the images, of these flags:
+AUTOMATIC = ("queue_size", "epochs", "learning_rate")
 VIEWS = ("strong", "weak", "crop")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "tiny_resnet")
 APPLICATIONS = (  # Of keras.applications, as --encoder=keras:NAME.
@@ -75,6 +75,31 @@ TRANSFER = {  # The paper's tasks, and what TFDS calls them.
     "caltech101": "caltech101",
     "flowers102": "oxford_flowers102",
 }
+
+
+class _OrAuto(flags.ArgumentParser):
+    """Reads a number, or the word auto: what experiments/auto.py then finds for the images."""
+
+    def parse(self, argument):
+        if argument == AUTO:
+            return AUTO
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError(f"expected {self.syntactic_help}, or {AUTO}") from None
+
+
+class IntegerOrAuto(_OrAuto, flags.IntegerParser):
+    pass
+
+
+class FloatOrAuto(_OrAuto, flags.FloatParser):
+    pass
+
+
+def _define_number_or_auto(parser, name, text):
+    flags.DEFINE(parser, name, None, text, serializer=flags.ArgumentSerializer())
+
 
 # Data
 flags.DEFINE_string("dataset", None, "photo_patches, folder, list, or a TFDS name.")
@@ -166,7 +191,11 @@ flags.DEFINE_enum(
 
 # Method
 flags.DEFINE_enum("method", "isd", list(METHODS), "What the student learns from the teacher.")
-flags.DEFINE_integer("queue_size", None, "Anchors in the queue.")
+_define_number_or_auto(
+    IntegerOrAuto(),
+    "queue_size",
+    "Anchors in the queue. auto: a quarter to a half of the training images, a power of two.",
+)
 flags.DEFINE_float("teacher_temperature", None, "Divides the teacher's similarities.")
 flags.DEFINE_float("student_temperature", None, "Divides the student's similarities.")
 flags.DEFINE_float("temperature", 0.2, "With moco_v2 and compress: divides all similarities.")
@@ -197,9 +226,15 @@ flags.DEFINE_integer(
 )
 
 # Optimization
-flags.DEFINE_integer("epochs", None, "Passes over the training images.")
+_define_number_or_auto(
+    IntegerOrAuto(), "epochs", "Passes over the training images. auto: the fewer images, the more."
+)
 flags.DEFINE_integer("batch_size", None, "Global batch size, over all replicas.")
-flags.DEFINE_float("learning_rate", None, "Learning rate of the first epoch.")
+_define_number_or_auto(
+    FloatOrAuto(),
+    "learning_rate",
+    "Learning rate of the first epoch. auto: by the batch; docs/settings.md has the rules.",
+)
 flags.DEFINE_enum(
     "learning_rate_schedule",
     "cosine",
@@ -220,7 +255,8 @@ flags.DEFINE_list(
     "stages",
     ["pretrain", "evaluate", "export", "report"],
     "What to do: some of pretrain, evaluate, export, report, which writes report.html; or check, "
-    "which reads every image and lists what is odd.",
+    "which reads every image and lists what is odd; or plan, which says what a run would take, by a "
+    "few steps that leave nothing.",
 )
 flags.DEFINE_enum(
     "strategy",
@@ -324,355 +360,12 @@ NOT_RECIPE = (
 ).split()
 # What may differ between the workers of a cluster.
 MACHINES_OWN = "data_dir image_list workdir cluster_timeout teacher teacher_weights".split()
-REQUIRED = "dataset image_size views encoder heads epochs batch_size learning_rate workdir".split()
-REQUIRED_TO_CHECK = "dataset image_size workdir".split()
-LARGEST = 2**31 - 1
-RANGES = {  # Of every whole number, and of shares.
-    "image_size": (1, LARGEST),
-    "max_unreadable": (0, 1),
-    "max_pixels": (1, LARGEST),
-    "unbalanced_seed": (0, LARGEST),
-    "width": (1, LARGEST),
-    "queue_size": (1, LARGEST),
-    "neighbors": (1, LARGEST),
-    "teacher_image_size": (1, LARGEST),
-    "epochs": (1, LARGEST),
-    "batch_size": (1, LARGEST),
-    "drop_factor": (0, 1),
-    "seed": (0, LARGEST),
-    "initial_weights_step": (1, LARGEST),
-    "cluster_timeout": (1, LARGEST),
-    "logical_cpus": (1, 1024),
-    "steps_per_execution": (1, LARGEST),
-    "checkpoint_every_steps": (0, LARGEST),
-    "keep_checkpoints": (1, LARGEST),
-    "keep_every_epochs": (0, LARGEST),
-    "log_every_steps": (1, LARGEST),
-    "knn_every_epochs": (0, LARGEST),
-    "linear_epochs": (1, LARGEST),
-    "clusters": (1, LARGEST),
-}
-
-
-def read(command_line: list[str]) -> None:
-    """Reads a command line, the program's name first, and checks what it asks for.
-
-    Raises:
-        flags.Error: for a flag that does not exist, or a value that cannot be read.
-        ValueError, OSError: naming what is wrong.
-    """
-    arguments = FLAGS(flagfiles.expand(command_line))[1:]
-    if arguments:
-        raise ValueError(f"Arguments must be flags. Received: {' '.join(arguments)}.")
-    _check_recipe({name for word in command_line for name in re.findall(r"^--?(\w+)", word)})
-    _check_evaluations()
-
-
-def _check_recipe(typed):
-    settings = METHODS[FLAGS.method]
-    required = REQUIRED_TO_CHECK if FLAGS.stages == ["check"] else (*REQUIRED, *settings)
-    unset = [name for name in required if FLAGS[name].value is None]
-    if FLAGS.method == "compress" and FLAGS.stages != ["check"]:
-        # Its student has a head of its own; and the default of the temperature is MoCo's.
-        unset = [name for name in unset if name != "heads"]
-        unset += ["teacher"] * (not FLAGS.teacher)
-        unset += ["temperature"] * (not FLAGS["temperature"].present)
-    if unset:
-        raise ValueError(
-            f"A recipe must set --{', --'.join(unset)}. Start from one of experiments/*.flags: "
-            "python experiments/run.py --flagfile=quickstart.flags"
-        )
-    check_lines(own_flags())
-    unknown = [stage for stage in FLAGS.stages if stage not in STAGES]
-    if unknown or not FLAGS.stages:
-        raise ValueError(
-            f"Unknown stages. Expected some of {', '.join(STAGES)}. "
-            f"Received: --stages={','.join(FLAGS.stages)}."
-        )
-    if "check" in FLAGS.stages and len(FLAGS.stages) > 1:
-        raise ValueError(
-            "The check is a call of its own, before the training. Received: "
-            f"--stages={','.join(FLAGS.stages)}. Pass --stages=check alone."
-        )
-    # Of a flag file's, a nested one may well be about another method.
-    every = dict.fromkeys(name for names in METHODS.values() for name in names)
-    unused = [name for name in every if name in typed and name not in settings]
-    if unused:
-        say(f"Of no effect with --method={FLAGS.method}: --{', --'.join(unused)}.")
-    check_ranges(RANGES)
-    if FLAGS.stages == ["check"]:
-        return  # The rest is about trainings.
-    if not 0 < FLAGS.learning_rate < float("inf"):
-        raise ValueError(
-            f"--learning_rate must be positive and finite. Received: {FLAGS.learning_rate}."
-        )
-    if "queue_size" in settings and FLAGS.queue_size < FLAGS.batch_size:
-        raise ValueError(
-            f"queue_size must be at least the global batch size ({FLAGS.batch_size}). "
-            f"Received: --queue_size={FLAGS.queue_size}. Raise it or lower --batch_size."
-        )
-    if FLAGS.learning_rate_schedule == "drops":
-        bad = [epoch for epoch in FLAGS.drop_epochs if not epoch.isdigit()]
-        if bad or not FLAGS.drop_epochs:
-            raise ValueError(
-                "--learning_rate_schedule=drops needs epochs, such as --drop_epochs=141,181. "
-                f"Received: --drop_epochs={','.join(FLAGS.drop_epochs)}."
-            )
-    _check_encoder()
-    if FLAGS.method == "msf" and FLAGS.neighbors > FLAGS.queue_size:
-        raise ValueError(
-            f"--neighbors must be at most --queue_size={FLAGS.queue_size}. "
-            f"Received: {FLAGS.neighbors}."
-        )
-    views()
-    batch_norm()
-    _check_initial_weights()
-    _check_export()
-    _check_teacher()
-
-
-def _check_initial_weights():
-    path, step = FLAGS.initial_weights, FLAGS.initial_weights_step
-    if path is None:
-        if step is not None:
-            raise ValueError(
-                f"A step is one of another run's. Received: --initial_weights_step={step} without "
-                "--initial_weights."
-            )
-        return
-    if path == PUBLISHED:
-        if not FLAGS.encoder.startswith(LIBRARIES) or step is not None:
-            raise ValueError(
-                f"Published weights are those of {' and '.join(LIBRARIES)} encoders, and of no "
-                f"step. Received: --initial_weights={path} with --encoder={FLAGS.encoder}"
-                f"{'' if step is None else f', --initial_weights_step={step}'}."
-            )
-        return
-    if os.path.realpath(path) == os.path.realpath(FLAGS.workdir):
-        raise ValueError(
-            "A run begins with the weights of another one, and continues its own without being "
-            f"told. Received: --initial_weights={path}, which is --workdir."
-        )
-    if is_begun():
-        return  # They were loaded when it began.
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"No such weights. Received: --initial_weights={path}.")
-    if os.path.isdir(path):
-        places = glob.glob(os.path.join(glob.escape(path), "checkpoints", "step-*"))
-        names = [os.path.basename(place).removeprefix("step-") for place in places]
-        steps = sorted(int(name) for name in names if name.isdigit())
-        if not steps:
-            raise ValueError(
-                "The weights of a run are in its checkpoints. Received: "
-                f"--initial_weights={path}, without any."
-            )
-        if step is not None and step not in steps:
-            raise ValueError(
-                f"{path} has checkpoints of the steps {', '.join(map(str, steps))}. Received: "
-                f"--initial_weights_step={step}."
-            )
-        return
-    if step is not None:
-        raise ValueError(
-            f"Only runs have steps. Received: --initial_weights_step={step} with the file {path}."
-        )
-    if not path.endswith(WEIGHTS_SUFFIXES):
-        raise ValueError(
-            "--initial_weights must be a run's workdir, or a file ending in "
-            f"{', '.join(WEIGHTS_SUFFIXES)}. Received: {path}."
-        )
-    if path.endswith(PICKLES) and importlib.util.find_spec("torch") is None:
-        raise ValueError(
-            "PyTorch reads .pth and .pt files, and is not installed: pip install 'isd_tf[torch]'. "
-            f"Received: --initial_weights={path}. A .safetensors file needs none."
-        )
 
 
 def is_begun() -> bool:
     """Whether the workdir has checkpoints to continue from, damaged ones included."""
     folder = os.path.join(glob.escape(FLAGS.workdir), "checkpoints")
     return any(glob.glob(os.path.join(folder, f"{kind}-*")) for kind in ("step", "damaged"))
-
-
-def _check_export():
-    unknown = [name for name in FLAGS.export_format if name not in EXPORT_FORMATS]
-    if unknown or not FLAGS.export_format:
-        raise ValueError(
-            f"--export_format must be some of {', '.join(EXPORT_FORMATS)}. Received: "
-            f"--export_format={','.join(FLAGS.export_format)}."
-        )
-    if "export" not in FLAGS.stages:
-        return
-    if "keras_hub" in FLAGS.export_format:
-        usual = FLAGS.width in (None, KERAS_HUB_WIDTH)
-        if (
-            FLAGS.encoder not in KERAS_HUB_ENCODERS
-            or FLAGS.image_size <= LARGEST_SMALL_IMAGE
-            or not usual
-        ):
-            raise ValueError(
-                f"KerasHub's ResNet is {', '.join(KERAS_HUB_ENCODERS)} of the usual width for "
-                f"images above {LARGEST_SMALL_IMAGE} pixels. Received: --export_format=keras_hub "
-                f"with --encoder={FLAGS.encoder}, --image_size={FLAGS.image_size}"
-                f"{'' if usual else f', --width={FLAGS.width}'}."
-            )
-        if importlib.util.find_spec("keras_hub") is None:
-            raise ValueError(
-                "--export_format=keras_hub needs KerasHub, which is not installed: pip install "
-                "'isd_tf[hub]'."
-            )
-    if "torch" in FLAGS.export_format and FLAGS.encoder not in ARCHITECTURES:
-        raise ValueError(
-            f"PyTorch's names are known of {', '.join(ARCHITECTURES)}. Received: "
-            f"--export_format=torch with --encoder={FLAGS.encoder}."
-        )
-
-
-def _check_teacher():
-    if FLAGS.method != "compress":
-        given = [name for name in TEACHER if FLAGS[name].value != FLAGS[name].default]
-        if given:
-            raise ValueError(
-                f"Only --method=compress takes a given teacher. Received: --{', --'.join(given)} "
-                f"with --method={FLAGS.method}."
-            )
-        return
-    kind, weights = teacher_kind(), FLAGS.teacher_weights
-    if kind != "encoder" and weights:
-        raise ValueError(
-            f"--teacher={FLAGS.teacher} has weights of its own. Received: "
-            f"--teacher_weights={weights}. Leave it out."
-        )
-    if kind == "encoder" and not weights:
-        raise ValueError(
-            "A teacher with random weights teaches nothing. Received: "
-            f"--teacher={FLAGS.teacher} without --teacher_weights. Name their file, or pass "
-            f"--teacher_weights={RANDOM} if that is what you want to see."
-        )
-    is_path = kind == "encoder" and weights not in (RANDOM, PUBLISHED)
-    if is_path and not os.path.exists(weights):
-        raise FileNotFoundError(f"No such file. Received: --teacher_weights={weights}.")
-    if kind == "workdir" and os.path.realpath(FLAGS.teacher) == os.path.realpath(FLAGS.workdir):
-        raise ValueError(
-            f"A run cannot be its own teacher. Received: --teacher={FLAGS.teacher}, the --workdir."
-        )
-    if kind == "workdir" and not glob.glob(
-        os.path.join(glob.escape(FLAGS.teacher), "checkpoints", "step-*")
-    ):
-        raise ValueError(
-            "A run must have a checkpoint to be a teacher. Received: "
-            f"--teacher={FLAGS.teacher}, which has none."
-        )
-
-
-def _check_encoder():
-    """As far as one can without TensorFlow."""
-    name = FLAGS.encoder
-    if name in ARCHITECTURES:
-        return
-    if not (name.startswith(LIBRARIES) or name.endswith(".keras")):
-        known = [*ARCHITECTURES, *(f"keras:{one}" for one in APPLICATIONS)]
-        raise ValueError(
-            f"Unknown encoder.{_nearest(name, known)} Expected one of {', '.join(ARCHITECTURES)}; "
-            f"keras:NAME, keras_hub:PRESET or FILE.keras. Received: --encoder={name}."
-        )
-    if FLAGS.width is not None:
-        raise ValueError(
-            f"Only the encoders {', '.join(ARCHITECTURES)} have a width. Received: "
-            f"--width={FLAGS.width} with --encoder={name}."
-        )
-    kind, _, of_keras = name.partition(":")
-    if kind == "keras" and of_keras not in APPLICATIONS:
-        raise ValueError(
-            f"Unknown network of keras.applications.{_nearest(of_keras, APPLICATIONS)} Expected "
-            f"one of {', '.join(APPLICATIONS)}. Received: --encoder={name}."
-        )
-    if kind == "keras_hub" and importlib.util.find_spec("keras_hub") is None:
-        raise ValueError(
-            f"--encoder={name} needs KerasHub. Install it by: pip install 'isd_tf[hub]'"
-        )
-    if kind not in ("keras", "keras_hub") and not os.path.isfile(name):
-        raise FileNotFoundError(f"No such file. Received: --encoder={name}.")
-
-
-def _nearest(name, known):
-    by_lower = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" Did you mean {by_lower[found[0]]}?" if found else ""
-
-
-def _check_evaluations():
-    for name, known in (("evaluations", EVALUATIONS), ("evaluated_encoders", ENCODERS)):
-        unknown = [value for value in FLAGS[name].value if value not in known]
-        if unknown or not FLAGS[name].value:
-            raise ValueError(
-                f"--{name} must be some of {', '.join(known)}. Received: "
-                f"--{name}={','.join(FLAGS[name].value)}."
-            )
-    if "initial" in FLAGS.evaluated_encoders and FLAGS.initial_weights is None:
-        raise ValueError(
-            "The initial encoder is that of a run with --initial_weights. Received: "
-            f"--evaluated_encoders={','.join(FLAGS.evaluated_encoders)} without."
-        )
-    check_label_fraction()
-    if FLAGS.label_dataset and FLAGS.label_fraction < 1:
-        raise ValueError(
-            "Few labels are either a share or a dataset. Received: "
-            f"--label_fraction={FLAGS.label_fraction} and --label_dataset={FLAGS.label_dataset}."
-        )
-    for name in ("linear_learning_rates", "linear_weight_decays"):
-        numbers(name, float)
-    if any(row < 0 for row in numbers("query_images", int)):
-        raise ValueError("--query_images must be rows of the test images, counted from 0.")
-    if "transfer" in FLAGS.evaluations and not FLAGS.transfer:
-        raise ValueError("--evaluations=transfer needs datasets. Received: an empty --transfer.")
-    names = list(map(transfer_name, FLAGS.transfer))
-    sources = [_whole(transfer_source(name)) for name in FLAGS.transfer]
-    same = [
-        name
-        for name, score_name, source in zip(FLAGS.transfer, names, sources, strict=True)
-        if names.count(score_name) > 1 or sources.count(source) > 1
-    ]
-    if same:
-        raise ValueError(f"--transfer must name datasets apart. Received: {', '.join(same)}.")
-    folders = [name.removeprefix("folder:") for name in FLAGS.transfer if "folder:" in name]
-    for path in folders if "transfer" in FLAGS.evaluations else []:
-        if not os.path.isdir(path):
-            raise FileNotFoundError(f"No such folder. Received: --transfer=folder:{path}.")
-    for path in FLAGS.compare_with:
-        if not os.path.exists(os.path.join(path, "run.flags")):
-            raise FileNotFoundError(
-                f"--compare_with must name workdirs of runs. Received: {path}, without run.flags."
-            )
-
-
-def check_lines(flags_: list[flags.Flag]) -> None:
-    """Raises ValueError for a value that a flag file cannot hold."""
-    for flag in flags_:
-        if re.search(r"[\r\n]", str(flag.value)):
-            raise ValueError(
-                f"A flag must stand on one line, as in the run.flags that a run leaves. Received: "
-                f"--{flag.name}={flag.value!r}."
-            )
-
-
-def check_ranges(ranges: dict[str, tuple[float, float]]) -> None:
-    """Raises ValueError for a number outside of its range, lowest and highest by flag."""
-    for name, (low, high) in ranges.items():
-        if FLAGS[name].value is not None and not low <= FLAGS[name].value <= high:
-            raise ValueError(
-                f"--{name} must be at least {low} and at most {high}. "
-                f"Received: {FLAGS[name].value}."
-            )
-
-
-def check_label_fraction() -> None:
-    """Raises ValueError unless it is a share."""
-    if not 0 < FLAGS.label_fraction <= 1:
-        raise ValueError(
-            "--label_fraction must be greater than 0 and at most 1. "
-            f"Received: {FLAGS.label_fraction}."
-        )
 
 
 def own_flags() -> list[flags.Flag]:
@@ -757,9 +450,3 @@ def transfer_name(name: str) -> str:
 def transfer_source(name: str) -> str:
     """The TFDS name of a task of --transfer, or folder:PATH."""
     return TRANSFER.get(name, name)
-
-
-def _whole(source):
-    """A source, however a folder is spelled."""
-    _, is_folder, path = source.partition("folder:")
-    return os.path.realpath(path) if is_folder else source

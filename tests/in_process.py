@@ -8,13 +8,13 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments"))
 
 import run  # noqa: E402
-import settings  # noqa: E402
+import settings_checks  # noqa: E402
 
 
 def set_flags(*arguments):
     for name in list(flags.FLAGS):
         flags.FLAGS[name].unparse()
-    settings.read(["run.py", *map(str, arguments)])
+    settings_checks.read(["run.py", *map(str, arguments)])
 
 
 def call(*arguments):

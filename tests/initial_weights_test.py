@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import run  # noqa: E402
-import settings  # noqa: E402
+import settings_checks  # noqa: E402
 from in_process import call, set_flags  # noqa: E402
 from small_runs import SMALL, small_run  # noqa: E402
 
@@ -229,7 +229,7 @@ def test_bad_input_is_one_error_and_nothing_written(
 
 
 def test_pickles_without_pytorch_are_refused_before_tensorflow(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings_checks.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"pip install 'isd_tf\[torch\]'"):
         set_flags(*small_run(photos, tmp_path / "run", f"--initial_weights={tmp_path / 'a.pth'}"))

@@ -75,7 +75,7 @@ def test_help_and_mistakes_are_answered_without_tensorflow(
     "module",
     [
         *("data_service", "embed", "embed_beam", "evaluations", "flagfiles", "launch", "program"),
-        *("finetune_settings", "search", "search_results", "settings"),
+        *("finetune_settings", "search", "search_results", "settings", "settings_checks"),
     ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import evaluations  # noqa: E402
 import run  # noqa: E402
 import settings  # noqa: E402
+import settings_checks  # noqa: E402
 from in_process import set_flags  # noqa: E402
 from small_runs import RANDOM_TEACHER  # noqa: E402
 
@@ -72,8 +73,8 @@ def test_a_transfer_task_has_the_packages_source_and_name(name):
 def test_every_whole_number_has_a_range_and_every_name_a_flag():
     own = {flag.name: flag for flag in settings.own_flags()}
     numbers = {name for name, flag in own.items() if isinstance(flag.parser, flags.IntegerParser)}
-    assert numbers <= set(settings.RANGES) <= set(own)
-    for names in (settings.NOT_RECIPE, settings.MACHINES_OWN, settings.REQUIRED):
+    assert numbers <= set(settings_checks.RANGES) <= set(own)
+    for names in (settings.NOT_RECIPE, settings.MACHINES_OWN, settings_checks.REQUIRED):
         assert set(names) <= set(own)
 
 
