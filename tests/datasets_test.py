@@ -150,6 +150,52 @@ def test_training_and_test_images_are_never_taken_together(tmp_path):
     assert len(datasets.load("folder", data_dir=str(tmp_path))[0]) == 2
 
 
+@pytest.mark.parametrize(
+    ("folders_", "said"),
+    [
+        (("cats_train", "cats_test"), "but cats_test, cats_train, which look like parts"),
+        (("trn", "dev"), "but dev, trn, which look like parts"),
+        (
+            ("cat/train", "cat/test", "dog/train", "dog/test"),
+            "cat, .*dog have test, train, .*round",
+        ),
+        (("data/x_train", "data/x_eval"), "data has x_eval, x_train, .*--data_dir=.*data,"),
+    ],
+)
+def test_parts_under_other_names_are_not_taken_together(tmp_path, folders_, said):
+    for name in folders_:
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+        datasets.load("folder", data_dir=str(tmp_path))
+
+
+def test_what_could_be_a_part_is_a_class_where_nothing_is_its_counterpart(tmp_path):
+    for name in ("bullet_train", "car", "dev"):
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises(FileNotFoundError, match="bullet_train, dev"):
+        datasets.load("folder", data_dir=str(tmp_path))
+    (tmp_path / "dev").rename(tmp_path / "ship")
+    assert len(datasets.load("folder", data_dir=str(tmp_path))[0]) == 3
+
+
+def test_every_folder_beside_the_parts_is_named(tmp_path, caplog):
+    for name in ("train", "training", "test", "val", "more"):
+        write_image(tmp_path / name / "cat" / "1.jpg")
+    datasets.load("folder", data_dir=str(tmp_path))
+    assert "only train and test are read. Beside them are: more, training, val." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("known", "other", "how"),
+    [("Cat", "cat", "only in capitals"), ("K\u00e4", "Ka\u0308", "only in how letters are stored")],
+)
+def test_classes_of_almost_one_name_are_told(tmp_path, known, other, how):
+    for name in (f"train/{known}", "train/b", f"val/{other}"):
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises(ValueError, match=f"{other} differs from {known} {how}.*: rename"):
+        datasets.load("folder", data_dir=str(tmp_path))
+
+
 def test_folders_by_date_can_be_taken_without_labels(tmp_path):
     for name in ("train/2021/1.jpg", "train/2022/2.jpg", "val/2023/3.jpg"):
         write_image(tmp_path / name)

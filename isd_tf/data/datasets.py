@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -194,7 +195,7 @@ def load_collection(images: str, split: str = "train", data_dir: str | None = No
             f"{shown(images)}, which does not exist."
         )
     found = folders.scan(images, labelled=True)
-    parts = {n for n in found.classes or () if folders.LOOKS_LIKE_A_SPLIT.fullmatch(n)}
+    parts = set(folders.parts_among(set(found.classes or ())))
     if parts and parts == set(found.classes):
         names = sorted(parts)
         raise ValueError(
@@ -313,13 +314,30 @@ def _open_folder(folder, found, class_names=None):
         raise ValueError(
             f"Every class of {shown(folder)} needs training images. Received classes without: "
             f"{', '.join(map(shown, unknown[:5]))}. The training folder has {len(names)} classes, "
-            f"for example {', '.join(map(shown, names[:3]))}. If the folders are no classes but "
-            "dates, say, pass the training folder itself as --data_dir: its images are then taken "
-            "as unlabelled, and nothing is scored."
+            f"for example {', '.join(map(shown, names[:3]))}.{_explain_unknown(unknown, names)}"
         )
     places = {name: place for place, name in enumerate(names)}
     labels = np.array([places[name] for name in found.classes], np.int64)
     return FileDataset(shown(folder), found.paths, labels, names, found.left_out)
+
+
+def _explain_unknown(unknown, names):
+    """What to do about test classes without training images."""
+
+    def letters(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    same = {letters(name): name for name in names}
+    for name in unknown:
+        if other := same.get(letters(name)):
+            how = "in how letters are stored, as é can be one character or two"
+            if unicodedata.normalize("NFC", name) != unicodedata.normalize("NFC", other):
+                how = "in capitals"
+            return f" {shown(name)} differs from {shown(other)} only {how}: rename one of them."
+    return (
+        " If the folders are no classes but dates, say, pass the training folder itself as "
+        "--data_dir: its images are then taken as unlabelled, and nothing is scored."
+    )
 
 
 def _load_list(image_list, data_dir):
