@@ -429,7 +429,21 @@ def test_list_of_the_unbalanced_study(folder):
         ),
         ("train/cat/1.jpg cat\n", FileNotFoundError, "looks like 'path label': put a tab"),
         ("train/cat/1.jpg,cat\n", FileNotFoundError, "looks like 'path,label': put a tab"),
-        ("train\\cat\\1.jpg\n", FileNotFoundError, "Write / instead"),
+        ("train\\cat\\1.jpg\n", FileNotFoundError, "Line 1 has .* write / instead"),
+        ("train/cat/1.jpg|cat\n", FileNotFoundError, "looks like 'path.label': put a tab"),
+        (
+            "0,train/cat/1.jpg,cat\n",
+            FileNotFoundError,
+            "more than the path train/cat/1.jpg: a line",
+        ),
+        ("cat train/cat/1.jpg\n", FileNotFoundError, "more than the path train/cat/1.jpg: a line"),
+        ("cat\ttrain/cat/1.jpg\n", FileNotFoundError, "Line 1 has the class name first"),
+        ("\n'train/cat/1.jpg'\n", FileNotFoundError, "Line 2 has quotes"),
+        ("/train/cat/1.jpg\n", FileNotFoundError, "Line 1 begins with /"),
+        ("path,label\ntrain/cat/1.jpg,cat\n", FileNotFoundError, "Line 2 looks like 'path,label'"),
+        ("path\tlabel\ntrain/cat/1.jpg\tcat\n", FileNotFoundError, "Line 1 looks like a heading"),
+        ("train/cat\n", FileNotFoundError, "Line 1 names a folder"),
+        ("train/cat/1.jpg\ta\n./train/cat/1.jpg\tb\n", ValueError, "one class name.*in line 2"),
         (b"train/cat/\xe9.jpg\n", FileNotFoundError, r"cat/.udce9.jpg.*not UTF-8 but.*Latin-1"),
         ("train/cat/1.jpg\n".encode("utf-16-le"), ValueError, "Line 1 of.*UTF-16 without"),
         (b"\xff\xfex", ValueError, "begins as UTF-16 but is not.*Save it as UTF-8"),
@@ -451,6 +465,17 @@ def test_lists_as_editors_save_them_are_read(folder, encoding, line_end):
     text = line_end.join(["class names : ", "dog", "cat", "Train Images: ", "/train/cat/1.jpg", ""])
     train, _ = load_list(folder, text.encode(encoding), data_dir=str(folder))
     assert names(train, folder) == ["train/cat/1.jpg"] and train.class_names == ("dog", "cat")
+
+
+def test_lists_that_were_put_together_have_marks_in_the_middle(folder):
+    text = "\ufefftrain/cat/1.jpg\r\n\ufefftrain/dog/3.jpeg\r\n"
+    train, _ = load_list(folder, text.encode("utf-8"))
+    assert names(train, folder) == ["train/cat/1.jpg", "train/dog/3.jpeg"]
+
+
+def test_a_folder_in_place_of_a_list_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a file.*a folder"):
+        datasets.load("list", image_list=str(tmp_path))
 
 
 def test_missing_list_is_refused():

@@ -345,18 +345,19 @@ def _load_list(image_list, data_dir):
         raise ValueError("--dataset=list needs a file. Pass --image_list=PATH.")
     entries, class_names = lists.read_list(image_list)
     root = data_dir or os.path.dirname(os.path.abspath(image_list))
-    paths = [os.path.join(root, path) for path, _ in entries]
-    missing = [row for row, path in enumerate(paths) if not os.path.isfile(path)]
+    paths = [os.path.join(root, entry.path) for entry in entries]
+    missing = [entries[row] for row, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{shown(image_list)} names {len(missing)} files that do not exist, of {len(paths)}; "
-            f"the first is {shown(paths[missing[0]])}. Paths are relative to {shown(root)}: "
-            f"correct the list or --data_dir.{lists.explain_missing(entries[missing[0]][0], root)}"
+            f"the first, in line {missing[0].line}, is {shown(missing[0].path)}. Paths are "
+            f"relative to {shown(root)}: correct the list or --data_dir."
+            f"{lists.explain_missing(missing, root)}"
         )
     labels = None
     if class_names:
         places = {name: place for place, name in enumerate(class_names)}
-        labels = np.array([places[name] for _, name in entries], np.int64)
+        labels = np.array([places[entry.class_name] for entry in entries], np.int64)
     return FileDataset(shown(image_list), tuple(paths), labels, class_names)
 
 

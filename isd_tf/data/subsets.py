@@ -197,13 +197,15 @@ def unbalance_by_list(train: Dataset, test: Dataset | None, image_list: str) -> 
             f"ones, all with a folder in {train.name}. Received: {len(names)} classes{such_as}."
         )
     places = {tuple(path.split(os.sep)[-2:]): row for row, path in enumerate(train.paths)}
-    missing = [path for path, _ in entries if tuple(path.split("/")[-2:]) not in places]
+    wanted = [tuple(entry.path.split("/")[-2:]) for entry in entries]
+    missing = [entry for entry, place in zip(entries, wanted, strict=True) if place not in places]
     if missing:
         raise ValueError(
             f"{shown(image_list)} lists {len(missing)} images, of {len(entries)}, that are not in "
-            f"{train.name}, for example {shown(missing[0])}. Correct the list or --data_dir."
+            f"{train.name}, for example {shown(missing[0].path)} in line {missing[0].line}. "
+            "Correct the list or --data_dir."
         )
-    rows = np.array([places[tuple(path.split("/")[-2:])] for path, _ in entries])
+    rows = np.array([places[place] for place in wanted])
     classes = np.array([train.class_names.index(name) for name in names])
     return _restrict(train, test, train.labels, classes, np.unique(rows), LISTED_LARGE_CLASSES)
 
