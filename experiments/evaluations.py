@@ -73,7 +73,10 @@ class Run(NamedTuple):
 
     def counter(self, dataset: Dataset, fate: str = LEFT_OUT) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
-        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels))
+        whole = getattr(dataset, "whole", None)
+        self.counters.append(
+            Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels, whole=whole)
+        )
         return self.counters[-1]
 
     def encoder(self, name: str) -> keras.Model:

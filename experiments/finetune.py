@@ -101,7 +101,10 @@ class Run(NamedTuple):
 
     def counter(self, dataset: Dataset, fate: str = LEFT_OUT) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
-        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels))
+        whole = getattr(dataset, "whole", None)
+        self.counters.append(
+            Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels, whole=whole)
+        )
         return self.counters[-1]
 
     def batches(self, dataset: Dataset, counter: Unreadable | None = None) -> tf.data.Dataset:
@@ -162,8 +165,7 @@ def load_data():
     if FLAGS.class_weights == "balanced":
         weights = finetuning.class_weights(labels[fit_rows], len(class_names))
     data = Data(
-        subsets.take(train, fit_rows, "to fit on"),
-        subsets.take(train, held_out_rows, "held out"),
+        *subsets.divide(train, fit_rows, held_out_rows),
         test,
         class_names,
         weights,

@@ -169,6 +169,13 @@ def test_that_all_are_unreadable_is_beyond_any_limit():
         unreadable.check(2)
 
 
+def test_of_a_part_the_limit_is_a_share_of_the_whole():
+    part = decoding.Unreadable(42, 0.01, whole=201)
+    assert not part.refusal(2, ["a", "b"])
+    assert "Received: 3 of 42, a part of 201, for example a" in part.refusal(3, ["a"])
+    assert decoding.Unreadable(2, 0.5, whole=9).refusal(2, ["a"])  # None is left.
+
+
 def test_an_image_is_counted_once():
     unreadable = decoding.Unreadable(10, 0.1)
     unreadable.add("a.jpg", "broken", 0)

@@ -56,6 +56,8 @@ class FileDataset:
 
     Attributes:
         left_out: paths of files beside them that are not read, as their names are no images'.
+        whole: images that the limit of unreadable ones is a share of; None: these. A part that is
+            held out has few, of which one may already be too many.
     """
 
     name: str
@@ -63,6 +65,7 @@ class FileDataset:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    whole: int | None = None
 
     def __len__(self):
         return len(self.paths)
@@ -80,6 +83,7 @@ class RecordDataset:
         class_names: of the labels.
         kept: bool, for each record of all shards in turn whether it belongs; None: all do.
         new_labels: int64, what each stored label is called here; None: the same.
+        whole: as in `FileDataset`.
     """
 
     name: str
@@ -92,6 +96,7 @@ class RecordDataset:
     class_names: tuple[str, ...] = ()
     kept: np.ndarray | None = None
     new_labels: np.ndarray | None = None
+    whole: int | None = None
 
     def __len__(self):
         return sum(self.takes) if self.kept is None else int(self.kept.sum())

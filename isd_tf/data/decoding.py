@@ -36,6 +36,7 @@ class Unreadable:
         max_pixels: an image of more, width times height, counts as unreadable.
         in_service: whether a data service reads, in whose processes nothing can be counted: there
             the first one ends the training.
+        whole: images that `limit` is a share of; None: `total`.
     """
 
     def __init__(
@@ -45,8 +46,11 @@ class Unreadable:
         fate: str = LEFT_OUT,
         max_pixels: int = pixels.MAX_PIXELS,
         in_service: bool = False,
+        whole: int | None = None,
     ):
         self.total = total
+        self.tolerated = limit * (whole or total)
+        self.images = f"{total}" + (f", a part of {whole}" if whole else "")
         self.limit = limit
         self.fate = fate
         self.max_pixels = max_pixels
@@ -88,11 +92,11 @@ class Unreadable:
 
     def refusal(self, count: int, names: Iterable[str]) -> str:
         """Says, with some of their names, that so many are too many; empty where they are not."""
-        if count <= self.limit * self.total and count < self.total:
+        if count <= self.tolerated and count < self.total:
             return ""
         return (
             f"At most {self.limit:.1%} of the images may be unreadable. Received: "
-            f"{count} of {self.total}, for example {', '.join(map(shown, sorted(names)[:3]))}. "
+            f"{count} of {self.images}, for example {', '.join(map(shown, sorted(names)[:3]))}. "
             "Repair or remove them, or raise --max_unreadable."
         )
 
@@ -164,7 +168,7 @@ def open_first_readable(
 
     # With one more than may be unreadable the limit ends the reading here. Of a million broken ones
     # all would be tried, at each place.
-    attempts = min(attempts, int(unreadable.limit * unreadable.total) + 1)
+    attempts = min(attempts, int(unreadable.tolerated) + 1)
     _, image, label = tf.while_loop(
         lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
         lambda number, image, label: attempt(number),

@@ -45,6 +45,20 @@ def take(dataset: Dataset, rows: np.ndarray, what: str) -> Dataset:
     return dataclasses.replace(dataset, name=name, paths=paths, labels=labels)
 
 
+def divide(
+    dataset: Dataset, fit_rows: np.ndarray, held_out_rows: np.ndarray
+) -> tuple[Dataset, Dataset]:
+    """Returns the images to fit on and those held out, as `hold_out` has drawn them.
+
+    What they may hold of unreadable images together is not asked of each.
+    """
+    parts = take(dataset, fit_rows, "to fit on"), take(dataset, held_out_rows, "held out")
+    if isinstance(dataset, ArrayDataset):
+        return parts
+    whole = dataset.whole or len(dataset)
+    return tuple(dataclasses.replace(part, whole=whole) for part in parts)
+
+
 def rows_of_fraction(dataset: Dataset, fraction: float, seed: int) -> np.ndarray:
     """Draws the same share of every class, at least of those that have images.
 
