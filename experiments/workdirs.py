@@ -15,6 +15,7 @@ import keras
 import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
+from isd_tf.data.folders import shown
 from isd_tf.training import cluster, initial_weights
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
@@ -43,7 +44,15 @@ def lock(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
 
     Raises:
         OSError: when it cannot be written, or is in use.
+        ValueError: for a name that is no UTF-8.
     """
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{flag} must be a path in UTF-8, as TensorFlow writes to no other. Received: "
+            f"{shown(str(workdir))}. Use another one; where the name is UTF-8, LC_ALL=C.UTF-8."
+        ) from None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "w")

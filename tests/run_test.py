@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import flagfiles  # noqa: E402
 import run  # noqa: E402
+import workdirs  # noqa: E402
 from in_process import call, set_flags  # noqa: E402
 from small_runs import (  # noqa: E402
     RANDOM_TEACHER,
@@ -506,6 +507,13 @@ def test_a_workdir_that_cannot_be_written_is_refused(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--workdir must be a folder that can be written.*file"):
         call(*small_run(photos, tmp_path / "file" / "run"))
+
+
+def test_a_workdir_whose_name_is_no_utf8_is_refused_before_the_training(tmp_path):
+    name = f"{tmp_path}/caf\udce9"
+    with pytest.raises(ValueError, match="--workdir must be a path in UTF-8.*caf.udce9.*LC_ALL"):
+        with workdirs.lock(pathlib.Path(name)):
+            pass
 
 
 def test_a_recipe_that_lacks_flags_says_which():
