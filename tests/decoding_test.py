@@ -176,6 +176,27 @@ def test_of_a_part_the_limit_is_a_share_of_the_whole():
     assert decoding.Unreadable(2, 0.5, whole=9).refusal(2, ["a"])  # None is left.
 
 
+def test_what_a_data_service_cannot_read_is_looked_at_here(tmp_path):
+    def said(path):
+        message = f"assertion failed: [{decoding.UNREADABLE_IN_SERVICE}] [{path}]"
+        with pytest.raises(ValueError) as raised, decoding.explaining([]):
+            raise tf.errors.InvalidArgumentError(None, None, message)
+        return str(raised.value)
+
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert f"Received: {tmp_path}/a.jpg (empty). Repair or remove it, or" in said(
+        tmp_path / "a.jpg"
+    )
+    Image.new("CMYK", (30, 20)).save(tmp_path / "b.jpg")
+    assert "b.jpg (30 x 20 pixels, which Pillow reads, but a graph does not: docs/folders.md" in (
+        text := said(tmp_path / "b.jpg")
+    )
+    assert text.endswith(
+        "Save it in another form, or train without --data_service, which reads it."
+    )
+    assert "Received: x/shard, record 2. Repair or remove it" in said("x/shard, record 2")
+
+
 def test_an_image_is_counted_once():
     unreadable = decoding.Unreadable(10, 0.1)
     unreadable.add("a.jpg", "broken", 0)

@@ -501,6 +501,20 @@ def test_one_limit_of_pixels_holds_for_every_format_and_route():
                 small(encoded)
 
 
+def test_what_a_graph_would_turn_or_lay_on_white_is_limited_and_the_cure_is_said(monkeypatch):
+    monkeypatch.setattr(graph_decoder, "LARGE_PIXELS", 1199)
+    graph = tf.function(
+        lambda encoded: graph_decoder._decode(encoded, pixels.MAX_PIXELS, ("PNG",)),
+        input_signature=decode.input_signature,
+        autograph=False,
+    )
+    assert graph(FORMS["png"][0]).shape == (30, 40, 3)
+    for form in ("png, alpha", "png, orientation 6"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="at most 1199.*smaller.*1200"):
+            graph(FORMS[form][0])
+        assert pixels.open_image(FORMS[form][0]).size in ((40, 30), (30, 40))
+
+
 def test_a_png_of_many_pixels_in_few_bytes_is_refused_before_it_is_decoded():
     head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")

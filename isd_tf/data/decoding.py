@@ -123,11 +123,26 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
                 raise ValueError(counter.verdict) from None
         in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
         if in_service:
-            raise ValueError(
-                f"{UNREADABLE_IN_SERVICE} {in_service[1]}. Repair or remove it, or train without "
-                "--data_service, which counts and replaces such images."
-            ) from None
+            raise ValueError(_explain_unreadable_in_service(in_service[1])) from None
         raise
+
+
+def _explain_unreadable_in_service(name):
+    """A service's worker cannot say why. The trainer looks at the file, where it sees it."""
+    reason = ""
+    cure = "Repair or remove it, or train without --data_service, which counts and replaces it"
+    if os.path.isfile(name):
+        try:
+            width, height = pixels.open_image(pixels.read_file(name), shown(name)).size
+        except pixels.UnreadableImage as error:
+            reason = f" ({error})"
+        else:
+            reason = f" ({width} x {height} pixels, which Pillow reads and a graph does not)"
+            cure = (
+                "Save it in another form (docs/folders.md tells what a graph reads), or train "
+                "without --data_service, which reads it"
+            )
+    return f"{UNREADABLE_IN_SERVICE} {name}{reason}. {cure}."
 
 
 def open_first_readable(
