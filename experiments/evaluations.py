@@ -21,7 +21,7 @@ import isd_tf
 from isd_tf import report
 from isd_tf.data import check, subsets
 from isd_tf.data.batches import evaluation_batches, probe_batches
-from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelled
+from isd_tf.data.datasets import ArrayDataset, Dataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
@@ -166,8 +166,9 @@ def _say_shared_images(train, test):
         )
         return None
     if pairs:
-        is_files = isinstance(test, FileDataset)
-        names = [test.paths[row] if is_files else f"image {row}" for _, row in pairs[:3]]
+        rows = [row for _, row in pairs[:3]]
+        is_array = isinstance(test, ArrayDataset)
+        names = [f"image {r}" for r in rows] if is_array else isd_tf.datasets.names_of(test, rows)
         say(
             f"{len(pairs)} of the {len(test)} images of {test.name} are also in {train.name}, so "
             f"that scores are too high: {', '.join(map(shown, names))}"
