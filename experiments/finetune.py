@@ -74,6 +74,7 @@ def main():
             workdir / "checkpoints", model, FLAGS.keep_checkpoints
         )
         begin_or_continue(workdir, checkpoints, data, initial)
+        workdirs.name_left_out(workdir, data.fit, data.test)
         first_step = checkpoints.restore_newest()
         if first_step:
             say(f"Continuing {workdir} after step {first_step}.")
@@ -83,12 +84,24 @@ def main():
                 if not first_step:
                     fit_head(run, model)
                 train(run, model, checkpoints, first_step)
-                model.return_to_best()
-                score(run, model)
-                export(run, model)
+            model.return_to_best()
+            finish(run, model)
         except KeyboardInterrupt:
             say(f"\nInterrupted. The same command continues after step {checkpoints.newest_step}.")
             sys.exit(130)  # As shells have it: 128 + SIGINT.
+
+
+def finish(run, model):
+    """Scores and exports: after a long training neither takes the other one along."""
+    failures = []
+    for what, chapter in (("The scoring", score), ("The export", export)):
+        try:
+            with explaining(run.counters):
+                chapter(run, model)
+        except Exception as error:
+            failures.append(program.failure(what, error))
+    if failures:
+        raise ValueError(" ".join(failures))
 
 
 class Run(NamedTuple):

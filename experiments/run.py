@@ -43,7 +43,6 @@ from absl import logging  # noqa: E402
 import isd_tf  # noqa: E402
 from isd_tf.data import check, subsets  # noqa: E402
 from isd_tf.data.decoding import REPLACED, explaining  # noqa: E402
-from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
@@ -51,9 +50,8 @@ from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, initial_weights, monitoring  # noqa: E402
 from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 
-# What a check says of its progress; what lies beside the images.
+# What a check says of its progress.
 SECONDS_BETWEEN_REPORTS = 10
-LEFT_OUT = "not_read.txt"
 # Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
 COLLAPSED_STD = 0.01
 METHODS = {
@@ -127,7 +125,7 @@ def check_images():
             say(f"  {done} of {total} images read")
 
     with workdirs.locked(FLAGS.workdir, tf.distribute.get_strategy()) as workdir:
-        name_left_out(workdir, train, test)
+        workdirs.name_left_out(workdir, train, test)
         splits = {"train": train} | ({"test": test} if test else {})
         checked = check.check(splits, FLAGS.image_size, FLAGS.max_pixels, report)
         check.write_csv(checked, workdir / "check.csv")
@@ -248,13 +246,6 @@ def load_splits():
     return train, test
 
 
-def name_left_out(workdir, *splits):
-    """Names in the workdir the files that lie beside the images and are not read."""
-    names = [name for split in splits for name in getattr(split, "left_out", ())]
-    if names:
-        (workdir / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names))
-
-
 def unbalanced(train, test):
     if not FLAGS.unbalanced:
         return None
@@ -347,7 +338,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             return
         train = data.train if data else None
         if data:
-            name_left_out(workdir, data.bank, data.test)
+            workdirs.name_left_out(workdir, data.bank, data.test)
         record = workdir / "dataset.json"
         now = fingerprint(train)
         if not checkpoints.exist:

@@ -15,11 +15,13 @@ import keras
 import program  # noqa: F401 - so that isd_tf is found
 import tensorflow as tf
 
+from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
 from isd_tf.training import cluster, initial_weights
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
+LEFT_OUT = "not_read.txt"
 
 
 @contextlib.contextmanager
@@ -163,6 +165,13 @@ def require_same_teacher(workdir: pathlib.Path, teacher: dict, source: str) -> N
             f"then, {teacher['digest']} of --teacher={source} now. Name the same one to continue "
             "it, or use another --workdir."
         )
+
+
+def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
+    """Names the files that lie beside the images and are not read."""
+    names = [name for split in splits for name in getattr(split, "left_out", ())]
+    if names:
+        (folder / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names), "utf-8")
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:
