@@ -74,6 +74,7 @@ def main():
             workdir / "checkpoints", model, FLAGS.keep_checkpoints
         )
         begin_or_continue(workdir, checkpoints, data, initial)
+        workdirs.note_versions(workdir, checkpoints, "finetune")
         workdirs.name_left_out(workdir, data.fit, data.test)
         first_step = checkpoints.restore_newest()
         if first_step:

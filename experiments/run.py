@@ -11,10 +11,8 @@ Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have
 130 and 143 when told to stop, by Ctrl-C and by SIGTERM.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import sys
 import time
@@ -344,6 +342,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
         if not checkpoints.exist:
             flagfiles.write(workdir / "run.flags", settings.own_flags())
             record.write_text(json.dumps(now) + "\n")
+            if train:
+                workdirs.keep_images(workdir, train)
             if initial:
                 workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
             if teacher:
@@ -359,31 +359,11 @@ def begin_or_continue(workdir, checkpoints, data, initial):
                 raise ValueError(
                     f"The workdir {workdir} was begun with other images: {before['images']} then, "
                     f"{len(train)} of {train.name} now"
-                    + (", the same number but not the same" if same_number else "")
+                    + (workdirs.say_other_image(workdir, train) if same_number else "")
                     + ". Restore them to continue it, or use another --workdir."
                 )
-        note_versions(workdir / "versions.json", checkpoints)
-
-
-def note_versions(path, checkpoints):
-    """Leaves what the run began with; says what is another now, and adds it to the record."""
-    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
-    now = {name: importlib.metadata.version(name) for name in packages.split()}
-    now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-    if "pretrain" in FLAGS.stages:
-        now["replicas"] = checkpoints.strategy.num_replicas_in_sync
-    if not (checkpoints.exist and path.exists()):
-        workdirs.write_json(path, now)
-        return
-    record = json.loads(path.read_text())
-    others = {name: value for name, value in now.items() if record.get(name, value) != value}
-    if not others:
-        return
-    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
-    say(f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run.")
-    later = {"after_step": checkpoints.newest_step, "stages": ",".join(FLAGS.stages)} | others
-    record["later"] = [*record.get("later", []), later]
-    workdirs.write_json(path, record)
+        stages = ",".join(FLAGS.stages)
+        workdirs.note_versions(workdir, checkpoints, stages, "pretrain" in FLAGS.stages)
 
 
 def run_stages(model, checkpoints, first_step, data, workdir):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,16 +13,21 @@ from collections.abc import Iterator
 
 import flagfiles
 import keras
-import program  # noqa: F401 - so that isd_tf is found
+import numpy as np
+import program  # Before isd_tf, which it lets be found.
 import tensorflow as tf
 
+import isd_tf
+from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
 from isd_tf.training import cluster, initial_weights
+from isd_tf.training.checkpoints import Checkpoints
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
 LEFT_OUT = "not_read.txt"
+IMAGES = "images.npy"
 
 
 @contextlib.contextmanager
@@ -167,11 +173,60 @@ def require_same_teacher(workdir: pathlib.Path, teacher: dict, source: str) -> N
         )
 
 
+def keep_images(workdir: pathlib.Path, dataset: Dataset) -> None:
+    """Keeps a digest of each image that a run begins with."""
+    np.save(workdir / IMAGES, datasets.image_digests(dataset))
+
+
+def say_other_image(workdir: pathlib.Path, dataset: Dataset) -> str:
+    """Says that of as many images as a run began with some are others, and names the first."""
+    said, path = ", the same number but not the same", workdir / IMAGES
+    other = []
+    if path.exists():
+        other = np.flatnonzero(np.load(path) != datasets.image_digests(dataset))
+    if len(other):
+        said += f": {shown(datasets.names_of(dataset, other[:1])[0])} is another one"
+    return said
+
+
 def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
     """Names the files that lie beside the images and are not read."""
     names = [name for split in splits for name in getattr(split, "left_out", ())]
     if names:
         (folder / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names), "utf-8")
+
+
+def note_versions(
+    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, trains: bool = True
+) -> None:
+    """Leaves what a run began with; says what is another now, and adds it to the record.
+
+    Args:
+        workdir: the run's.
+        checkpoints: of the run, which has begun if there are any.
+        stages: for the record.
+        trains: whether the number of replicas matters.
+    """
+    path = workdir / "versions.json"
+    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
+    now = {name: importlib.metadata.version(name) for name in packages.split()}
+    now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+    if trains:
+        now["replicas"] = checkpoints.strategy.num_replicas_in_sync
+    if not (checkpoints.exist and path.exists()):
+        write_json(path, now)
+        return
+    record = json.loads(path.read_text())
+    others = {name: value for name, value in now.items() if record.get(name, value) != value}
+    if not others:
+        return
+    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
+    program.say(
+        f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run."
+    )
+    later = {"after_step": checkpoints.newest_step, "stages": stages} | others
+    record["later"] = [*record.get("later", []), later]
+    write_json(path, record)
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:

@@ -94,6 +94,20 @@ def test_fingerprints_tell_images_apart_and_not_where_they_are(folder, tmp_path)
     ]
 
 
+def test_one_image_that_is_another_has_another_digest(folder):
+    train, _ = datasets.load("folder", data_dir=str(folder))
+    before = datasets.image_digests(train)
+    assert before.dtype == np.uint32 and before.shape == (4,)
+    paths = (*train.paths[:2], train.paths[2] + "x", train.paths[3])
+    changed = datasets.image_digests(dataclasses.replace(train, paths=paths))
+    np.testing.assert_array_equal(changed != before, [False, False, True, False])
+    labels = train.labels + [0, 1, 0, 0]
+    changed = datasets.image_digests(dataclasses.replace(train, labels=labels))
+    np.testing.assert_array_equal(changed != before, [False, True, False, False])
+    arrays = datasets.ArrayDataset("", np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1))
+    assert len(set(datasets.image_digests(arrays))) == 3
+
+
 def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="--data_dir"):
         datasets.load("folder")

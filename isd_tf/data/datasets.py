@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -276,6 +277,22 @@ def fingerprint(dataset: Dataset) -> str:
     if not isinstance(dataset, RecordDataset) and dataset.labels is not None:
         digest.update(dataset.labels.tobytes())
     return digest.hexdigest()[:16]
+
+
+def image_digests(dataset: Dataset) -> np.ndarray:
+    """Returns uint32 [N], of each image what `fingerprint` digests: to find one that is another."""
+    if isinstance(dataset, ArrayDataset):
+        contents = (image.tobytes() for image in dataset.images)
+    elif isinstance(dataset, FileDataset):
+        root = os.path.commonpath([os.path.dirname(path) for path in dataset.paths])
+        contents = (os.fsencode(os.path.relpath(path, root)) for path in dataset.paths)
+    else:
+        names = names_of(dataset, np.arange(len(dataset)))
+        contents = (os.fsencode(os.path.basename(name)) for name in names)
+    digests = np.fromiter(map(zlib.crc32, contents), np.uint32, len(dataset))
+    if not isinstance(dataset, RecordDataset) and dataset.labels is not None:
+        digests ^= dataset.labels.astype(np.uint32)
+    return digests
 
 
 # ------------------------------------------------------------------------------------- files
