@@ -4,7 +4,6 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 """
 
 import functools
-import json
 import math
 import pathlib
 from typing import NamedTuple
@@ -448,7 +447,7 @@ def _record_search(run, name, search):
 
 def _read_search(run, name):
     path = run.workdir / "searches" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return workdirs.read_json(path) if path.exists() else {}
 
 
 # ------------------------------------------------------------------------ scores of other papers

@@ -11,7 +11,6 @@ Exit codes: 0; 1 for an error that a sentence explains; 130 and 143 when told to
 by SIGTERM.
 """
 
-import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -276,7 +275,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
     }
     if checkpoints.exist:
         flagfiles.require_same(workdir / FLAG_FILE, finetune_settings.recipe())
-        if record.exists() and json.loads(record.read_text()) != now:
+        if record.exists() and workdirs.read_json(record) != now:
             raise ValueError(
                 f"The workdir {workdir} was begun with other images than these {now['images']}. "
                 "Restore them to continue it, or use another --workdir."
@@ -360,7 +359,7 @@ def score(run, model):
     data, workdir = run.data, run.workdir
     asked = data.test or data.held_out
     logits, labels = finetuning.logits_function(model)(run.batches(asked))
-    linear = json.loads((workdir / "linear.json").read_text())
+    linear = workdirs.read_json(workdir / "linear.json")
     matrix = confusion.confusion_matrix(labels, logits.argmax(axis=1), len(data.class_names))
     confusion.write_confusion_csv(matrix, data.class_names, workdir / "confusion.csv")
     confusion.write_per_class_csv(matrix, data.class_names, workdir / "per_class.csv")

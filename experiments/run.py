@@ -353,7 +353,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             workdirs.require_same_initial_weights(workdir)
             if teacher:
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
-            before = json.loads(record.read_text()) if record.exists() else now
+            before = workdirs.read_json(record) if record.exists() else now
             if train and before != now:
                 same_number = before["images"] == len(train)
                 raise ValueError(

@@ -102,7 +102,7 @@ def record(workdir: pathlib.Path, results: dict[str, float], step: int) -> pathl
     The file is about one step: with the first figures of another one it begins anew.
     """
     path = workdir / "results.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     if before.get("step") == step:
         results = before | results
     write_json(path, results | {"step": step})
@@ -113,7 +113,7 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
     """Removes the figures whose names begin by `prefix` from results.json."""
     path = workdir / "results.json"
     if path.exists():
-        results = json.loads(path.read_text())
+        results = read_json(path)
         write_json(path, {k: v for k, v in results.items() if not k.startswith(prefix)})
 
 
@@ -128,7 +128,7 @@ def about(workdir: pathlib.Path, flag_file: str = "run.flags") -> dict:
     }
     found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
     recipe = flagfiles.expand([f"--flagfile={workdir / flag_file}"])
-    return {"recipe": recipe} | {name: json.loads(path.read_text()) for name, path in found.items()}
+    return {"recipe": recipe} | {name: read_json(path) for name, path in found.items()}
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -136,6 +136,21 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Reads what `write_json` has written.
+
+    Raises:
+        ValueError: where something else has come into it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be as the run has written it. Received what is no JSON ({error}). "
+            "Restore it, or remove it where it only holds results."
+        ) from None
 
 
 def keep_initial_weights(
@@ -152,7 +167,7 @@ def require_same_initial_weights(workdir: pathlib.Path) -> None:
     path = workdir / "initial_weights.json"
     if not path.exists():
         return
-    record = json.loads(path.read_text())
+    record = read_json(path)
     now = initial_weights.digest(record["path"], record["step"])
     if now not in (None, record["sha256"]):  # It may be gone.
         raise ValueError(
@@ -164,7 +179,7 @@ def require_same_initial_weights(workdir: pathlib.Path) -> None:
 
 def require_same_teacher(workdir: pathlib.Path, teacher: dict, source: str) -> None:
     """Raises ValueError when a run was begun with another given teacher than `source` is now."""
-    before = json.loads((workdir / TEACHER).read_text())
+    before = read_json(workdir / TEACHER)
     if before != teacher:
         raise ValueError(
             f"The workdir {workdir} was begun with another teacher: digest {before['digest']} "
@@ -216,7 +231,7 @@ def note_versions(
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return
-    record = json.loads(path.read_text())
+    record = read_json(path)
     others = {name: value for name, value in now.items() if record.get(name, value) != value}
     if not others:
         return
@@ -261,7 +276,7 @@ def read_curves(workdir: pathlib.Path) -> dict[str, tuple[list[float], list[floa
     if not (workdir / "run.flags").exists():
         raise FileNotFoundError(f"{workdir} is not the workdir of a run: it has no run.flags.")
     batch_size = int(flag(workdir, "batch_size"))
-    images = json.loads((workdir / "dataset.json").read_text())["images"]
+    images = read_json(workdir / "dataset.json")["images"]
     curves = {"student": {}, "teacher": {}}
     # A continued run has several files, and the later ones know better.
     for path in sorted((workdir / "logs").glob("events.*"), key=os.path.getmtime):

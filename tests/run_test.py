@@ -516,6 +516,14 @@ def test_a_workdir_whose_name_is_no_utf8_is_refused_before_the_training(tmp_path
             pass
 
 
+def test_results_that_somebody_has_broken_are_named(tmp_path):
+    workdirs.record(tmp_path, {"a": 1.0}, 3)
+    assert workdirs.read_json(tmp_path / "results.json") == {"a": 1.0, "step": 3}
+    (tmp_path / "results.json").write_text('{"a": 1.0,')
+    with pytest.raises(ValueError, match="results.json must be as the run.*Received what is no"):
+        workdirs.record(tmp_path, {"b": 1.0}, 3)
+
+
 def test_a_recipe_that_lacks_flags_says_which():
     with pytest.raises(ValueError, match="must set --image_size, --views.*quickstart.flags"):
         call("--dataset=photo_patches", "--workdir=x")
