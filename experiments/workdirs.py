@@ -194,14 +194,15 @@ def keep_images(workdir: pathlib.Path, dataset: Dataset) -> None:
 
 
 def say_other_image(workdir: pathlib.Path, dataset: Dataset) -> str:
-    """Says that of as many images as a run began with some are others, and names the first."""
+    """Says that of as many images as a run began with some are others, and names one."""
     said, path = ", the same number but not the same", workdir / IMAGES
-    other = []
-    if path.exists():
-        other = np.flatnonzero(np.load(path) != datasets.image_digests(dataset))
-    if len(other):
-        said += f": {shown(datasets.names_of(dataset, other[:1])[0])} is another one"
-    return said
+    if not path.exists():
+        return said
+    before, now = np.load(path), datasets.image_digests(dataset)
+    new = np.flatnonzero(~np.isin(now, before))
+    if not len(new):
+        return f"{said} in the same order"
+    return f"{said}: {shown(datasets.names_of(dataset, new[:1])[0])} is new"
 
 
 def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:

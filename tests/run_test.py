@@ -367,8 +367,8 @@ def test_other_images_in_the_same_workdir_are_refused(photos, tmp_path):
     shutil.copy(folder / "train" / "dark" / "3.png", folder / "train" / "dark" / "extra.png")
     with pytest.raises(ValueError, match="begun with other images: 24 then, 25 of"):
         call(*arguments)
-    (folder / "train" / "light" / "3.png").unlink()
-    with pytest.raises(ValueError, match="same: .*dark/extra.png is another one. Rest"):
+    (folder / "train" / "dark" / "3.png").unlink()
+    with pytest.raises(ValueError, match="the same number but .* same: .*dark/extra.png is new."):
         call(*arguments)
 
 
