@@ -7,6 +7,7 @@ run.py has exported: a SavedModel, or the folder of its versions. OUT then holds
     paths.txt        what each row is of, a line a row
     shards/          the same in Parquet: path, embedding, width, height, label
     unreadable.csv   the images that were left out, and why
+    not_read.txt     files of a folder that are taken for no images, if there are any
 
 The same command continues after a kill where it was, and writes what it would have written without.
 docs/find.md says more. search.py finds in what was embedded, embed_beam.py uses many machines.
@@ -65,6 +66,7 @@ def embed(settings: argparse.Namespace) -> None:
     collection = embed.begin(settings.out, encoder, dataset, source)
     with workdirs.lock(collection.folder, "--out"):
         collection.remove_unfinished()
+        workdirs.name_left_out(collection.folder, dataset)
         if collection.is_complete:
             say(f"The embeddings in {collection.folder} are complete.")
             return

@@ -4,7 +4,6 @@ docs/evaluation.md says which command gives which table or figure, and names eve
 """
 
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from settings import FLAGS, numbers
 import isd_tf
 from isd_tf.data import check, subsets
 from isd_tf.data.batches import evaluation_batches, probe_batches
-from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset, is_labelled
+from isd_tf.data.datasets import ArrayDataset, Dataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
@@ -74,7 +73,10 @@ class Run(NamedTuple):
 
     def counter(self, dataset: Dataset, fate: str = LEFT_OUT) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
-        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels))
+        whole = getattr(dataset, "whole", None)
+        self.counters.append(
+            Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels, whole=whole)
+        )
         return self.counters[-1]
 
     def encoder(self, name: str) -> keras.Model:
@@ -164,8 +166,9 @@ def _say_shared_images(train, test):
         )
         return None
     if pairs:
-        is_files = isinstance(test, FileDataset)
-        names = [test.paths[row] if is_files else f"image {row}" for _, row in pairs[:3]]
+        rows = [row for _, row in pairs[:3]]
+        is_array = isinstance(test, ArrayDataset)
+        names = [f"image {r}" for r in rows] if is_array else isd_tf.datasets.names_of(test, rows)
         say(
             f"{len(pairs)} of the {len(test)} images of {test.name} are also in {train.name}, so "
             f"that scores are too high: {', '.join(map(shown, names))}"
@@ -445,7 +448,7 @@ def _record_search(run, name, search):
 
 def _read_search(run, name):
     path = run.workdir / "searches" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return workdirs.read_json(path) if path.exists() else {}
 
 
 # ------------------------------------------------------------------------ scores of other papers

@@ -11,7 +11,6 @@ Exit codes: 0; 1 for an error that a sentence explains; 130 and 143 when told to
 by SIGTERM.
 """
 
-import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -74,6 +73,8 @@ def main():
             workdir / "checkpoints", model, FLAGS.keep_checkpoints
         )
         begin_or_continue(workdir, checkpoints, data, initial)
+        workdirs.note_versions(workdir, checkpoints, "finetune")
+        workdirs.name_left_out(workdir, data.fit, data.test)
         first_step = checkpoints.restore_newest()
         if first_step:
             say(f"Continuing {workdir} after step {first_step}.")
@@ -83,12 +84,24 @@ def main():
                 if not first_step:
                     fit_head(run, model)
                 train(run, model, checkpoints, first_step)
-                model.return_to_best()
-                score(run, model)
-                export(run, model)
+            model.return_to_best()
+            finish(run, model)
         except KeyboardInterrupt:
             say(f"\nInterrupted. The same command continues after step {checkpoints.newest_step}.")
             sys.exit(130)  # As shells have it: 128 + SIGINT.
+
+
+def finish(run, model):
+    """Scores and exports: after a long training neither takes the other one along."""
+    failures = []
+    for what, chapter in (("The scoring", score), ("The export", export)):
+        try:
+            with explaining(run.counters):
+                chapter(run, model)
+        except Exception as error:
+            failures.append(program.failure(what, error))
+    if failures:
+        raise ValueError(" ".join(failures))
 
 
 class Run(NamedTuple):
@@ -101,7 +114,10 @@ class Run(NamedTuple):
 
     def counter(self, dataset: Dataset, fate: str = LEFT_OUT) -> Unreadable:
         """Counts the unreadable images of a dataset that is about to be read."""
-        self.counters.append(Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels))
+        whole = getattr(dataset, "whole", None)
+        self.counters.append(
+            Unreadable(len(dataset), FLAGS.max_unreadable, fate, FLAGS.max_pixels, whole=whole)
+        )
         return self.counters[-1]
 
     def batches(self, dataset: Dataset, counter: Unreadable | None = None) -> tf.data.Dataset:
@@ -162,8 +178,7 @@ def load_data():
     if FLAGS.class_weights == "balanced":
         weights = finetuning.class_weights(labels[fit_rows], len(class_names))
     data = Data(
-        subsets.take(train, fit_rows, "to fit on"),
-        subsets.take(train, held_out_rows, "held out"),
+        *subsets.divide(train, fit_rows, held_out_rows),
         test,
         class_names,
         weights,
@@ -260,7 +275,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
     }
     if checkpoints.exist:
         flagfiles.require_same(workdir / FLAG_FILE, finetune_settings.recipe())
-        if record.exists() and json.loads(record.read_text()) != now:
+        if record.exists() and workdirs.read_json(record) != now:
             raise ValueError(
                 f"The workdir {workdir} was begun with other images than these {now['images']}. "
                 "Restore them to continue it, or use another --workdir."
@@ -345,7 +360,7 @@ def score(run, model):
     data, workdir = run.data, run.workdir
     asked = data.test or data.held_out
     logits, labels = finetuning.logits_function(model)(run.batches(asked))
-    linear = json.loads((workdir / "linear.json").read_text())
+    linear = workdirs.read_json(workdir / "linear.json")
     matrix = confusion.confusion_matrix(labels, logits.argmax(axis=1), len(data.class_names))
     confusion.write_confusion_csv(matrix, data.class_names, workdir / "confusion.csv")
     confusion.write_per_class_csv(matrix, data.class_names, workdir / "per_class.csv")

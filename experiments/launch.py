@@ -48,23 +48,29 @@ def launch(command: list[str], workers: int, restarts: int) -> int:
         if restart:
             count = f"restart {restart} of {restarts}"
             say(f"Restarting all workers from the last checkpoint ({count}).")
-        codes = run_workers(command, workers, received)
-        own_errors = [code for code in codes if code > 0 and code not in (LOST_PEER, *STOPPED)]
+        ended = run_workers(command, workers, received)
+        codes = [code for _, code in ended]
         if not any(codes):
             return 0
+        own_errors = [end for end in ended if end[1] > 0 and end[1] not in (LOST_PEER, *STOPPED)]
         if own_errors:
-            return own_errors[0]
+            worker, code = own_errors[0]
+            say(f"No restart cures an error of its own: worker {worker} has said it above.")
+            return code
         if received:
             return 128 + received[0]
         stopped = [code for code in codes if code in STOPPED]
         if stopped:
             return stopped[0]
-    say(f"No restart is left of {restarts}.")
-    first = next(code for code in codes if code)
+    worker, first = next(end for end in ended if end[1])
+    say(
+        f"No restart is left of {restarts}. Worker {worker} was the first to end, {how(first)}. "
+        "The same command continues from the last checkpoint."
+    )
     return first if first > 0 else 128 - first
 
 
-def run_workers(command: list[str], workers: int, received: list[int]) -> list[int]:
+def run_workers(command: list[str], workers: int, received: list[int]) -> list[tuple[int, int]]:
     """Runs the group once.
 
     Args:
@@ -73,7 +79,7 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
         received: signals that the launcher was sent; its handlers add to it meanwhile.
 
     Returns:
-        Exit codes in the order in which the workers ended; -number for a signal.
+        Workers and their exit codes in the order in which they ended; -number for a signal.
     """
     processes = start(command, workers)
     # Threads only now, when all are started: `start` forks.
@@ -84,7 +90,7 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
     for reader in readers:
         reader.start()
     running = dict(enumerate(processes))
-    codes, deadline, forwarded, killed = [], None, False, set()
+    ended, deadline, forwarded, killed = [], None, False, set()
     while running:
         time.sleep(POLL_SECONDS)
         for index, process in list(running.items()):
@@ -92,13 +98,19 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
             if code is None:
                 continue
             del running[index]
-            codes.append(code)
+            ended.append((index, code))
             if code:
-                how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-                say(f"Worker {index} ended {how}.")
+                by_launcher = index in killed and code == -signal.SIGKILL
+                what = "by SIGKILL of the launcher" if by_launcher else how(code)
+                say(f"Worker {index} ended {what}.")
                 # A launcher that was told to stop lets the others save.
                 if deadline is None and not received:
                     deadline = time.monotonic() + GRACE_SECONDS
+                    if running:
+                        say(
+                            f"None can go on without it: {_workers(running)} will notice and end; "
+                            f"in {GRACE_SECONDS:g} s the launcher ends who has not."
+                        )
         if received and not forwarded:
             say(f"{signal.Signals(received[0]).name}: the workers save and end.")
             for process in running.values():
@@ -109,12 +121,30 @@ def run_workers(command: list[str], workers: int, received: list[int]) -> list[i
         if impatient or (deadline is not None and time.monotonic() > deadline):
             # One whose peer is gone cannot save any more.
             for index in set(running) - killed:
-                say(f"Worker {index} has not ended by itself: the launcher ends it.")
+                say(
+                    f"Worker {index} has not ended by itself: the launcher ends it. (Who scores, "
+                    "or waits for who scores, does not notice that another one is gone.)"
+                )
                 running[index].kill()
                 killed.add(index)
     for reader in readers:
         reader.join(timeout=5)  # A grandchild might hold the pipe open.
-    return codes
+    return ended
+
+
+def how(code: int) -> str:
+    """How a process has ended."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        # Nothing else is heard of it.
+        return f"by {name}" + ", as where the machine's memory ran out" * (code == -signal.SIGKILL)
+    meanings = {LOST_PEER: "it has lost another worker"}
+    meanings |= dict.fromkeys(STOPPED, "it was told to stop, and has saved")
+    return f"with exit code {code} ({meanings.get(code, 'an error of its own')})"
+
+
+def _workers(running):
+    return f"worker{'s' * (len(running) > 1)} {', '.join(map(str, running))}"
 
 
 def start(command: list[str], workers: int) -> list[subprocess.Popen]:

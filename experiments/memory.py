@@ -54,7 +54,11 @@ def _require(needed, what, flags):
 
 
 def available() -> int:
-    """Bytes of memory of this machine; without limit where GPUs have their own."""
+    """Bytes of memory of this machine; without limit where GPUs have their own.
+
+    TensorFlow tells how much of a GPU's memory is in use, not how much there is: where it runs out,
+    what is raised ends in a sentence.
+    """
     if tf.config.list_physical_devices("GPU"):
         return 2**63
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

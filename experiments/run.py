@@ -11,11 +11,9 @@ Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have
 130 and 143 when told to stop, by Ctrl-C and by SIGTERM.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import random
 import sys
 import time
@@ -48,7 +46,6 @@ from absl import logging  # noqa: E402
 import isd_tf  # noqa: E402
 from isd_tf.data import check, subsets  # noqa: E402
 from isd_tf.data.decoding import REPLACED, Unreadable, explaining  # noqa: E402
-from isd_tf.data.folders import shown  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
@@ -56,9 +53,8 @@ from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, initial_weights, metrics, monitoring  # noqa: E402
 from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
 
-# What a check says of its progress; what lies beside the images.
+# What a check says of its progress.
 SECONDS_BETWEEN_REPORTS = 10
-LEFT_OUT = "not_read.txt"
 DATASET = "dataset.json"  # Of a workdir: which images it was begun with.
 # Where no epoch is scored.
 EPOCHS_BETWEEN_PAGES = 10
@@ -141,7 +137,7 @@ def check_images():
             say(f"  {done} of {total} images read")
 
     with workdirs.locked(FLAGS.workdir, tf.distribute.get_strategy()) as workdir:
-        name_left_out(workdir, train, test)
+        workdirs.name_left_out(workdir, train, test)
         splits = {"train": train} | ({"test": test} if test else {})
         checked = check.check(splits, FLAGS.image_size, FLAGS.max_pixels, report)
         check.write_csv(checked, workdir / "check.csv")
@@ -302,13 +298,6 @@ def load_splits():
     return train, test
 
 
-def name_left_out(workdir, *splits):
-    """Names in the workdir the files that lie beside the images and are not read."""
-    names = [name for split in splits for name in getattr(split, "left_out", ())]
-    if names:
-        (workdir / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names))
-
-
 def unbalanced(train, test):
     if not FLAGS.unbalanced:
         return None
@@ -417,11 +406,13 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             return
         train = data.train if data else None
         if data:
-            name_left_out(workdir, data.bank, data.test)
+            workdirs.name_left_out(workdir, data.bank, data.test)
         if not checkpoints.exist:
             (workdir / workdirs.METRICS).unlink(missing_ok=True)  # Of a run that saved nothing.
             flagfiles.write(workdir / "run.flags", settings.own_flags())
             (workdir / DATASET).write_text(json.dumps(fingerprint(train)) + "\n")
+            if train:
+                workdirs.keep_images(workdir, train)
             if initial:
                 workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
             if teacher:
@@ -430,7 +421,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             require_same_run(workdir, train)
             if teacher:
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
-        note_versions(workdir / "versions.json", checkpoints)
+        stages = ",".join(FLAGS.stages)
+        workdirs.note_versions(workdir, checkpoints, stages, "pretrain" in FLAGS.stages)
 
 
 def require_same_run(workdir, train):
@@ -438,36 +430,15 @@ def require_same_run(workdir, train):
     flagfiles.require_same(workdir / "run.flags", settings.recipe())
     workdirs.require_same_initial_weights(workdir)
     record, now = workdir / DATASET, fingerprint(train)
-    before = json.loads(record.read_text()) if record.exists() else now
+    before = workdirs.read_json(record) if record.exists() else now
     if train and before != now:
         same_number = before["images"] == len(train)
         raise ValueError(
             f"The workdir {workdir} was begun with other images: {before['images']} then, "
             f"{len(train)} of {train.name} now"
-            + (", the same number but not the same" if same_number else "")
+            + (workdirs.say_other_image(workdir, train) if same_number else "")
             + ". Restore them to continue it, or use another --workdir."
         )
-
-
-def note_versions(path, checkpoints):
-    """Leaves what the run began with; says what is another now, and adds it to the record."""
-    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
-    now = {name: importlib.metadata.version(name) for name in packages.split()}
-    now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-    if "pretrain" in FLAGS.stages:
-        now["replicas"] = checkpoints.strategy.num_replicas_in_sync
-    if not (checkpoints.exist and path.exists()):
-        workdirs.write_json(path, now)
-        return
-    record = json.loads(path.read_text())
-    others = {name: value for name, value in now.items() if record.get(name, value) != value}
-    if not others:
-        return
-    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
-    say(f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run.")
-    later = {"after_step": checkpoints.newest_step, "stages": ",".join(FLAGS.stages)} | others
-    record["later"] = [*record.get("later", []), later]
-    workdirs.write_json(path, record)
 
 
 def run_stages(model, checkpoints, first_step, data, workdir):

@@ -255,8 +255,8 @@ flags.DEFINE_list(
     "stages",
     ["pretrain", "evaluate", "export", "report"],
     "What to do: some of pretrain, evaluate, export, report, which writes report.html; or check, "
-    "which reads every image and lists what is odd; or plan, which says what a run would take, by a "
-    "few steps that leave nothing.",
+    "which reads every image and lists what is odd; or plan, which says what a run would take, by "
+    "a few steps that leave nothing.",
 )
 flags.DEFINE_enum(
     "strategy",

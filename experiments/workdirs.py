@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -13,14 +14,21 @@ from collections.abc import Iterator
 import flagfiles
 import keras
 import numpy as np
-import program  # noqa: F401 - so that isd_tf is found
+import program  # Before isd_tf, which it lets be found.
 import tensorflow as tf
 
+import isd_tf
+from isd_tf.data import datasets
+from isd_tf.data.datasets import Dataset
+from isd_tf.data.folders import shown
 from isd_tf.training import cluster, initial_weights, metrics
+from isd_tf.training.checkpoints import Checkpoints
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
 METRICS = "metrics.jsonl"
+LEFT_OUT = "not_read.txt"
+IMAGES = "images.npy"
 
 
 @contextlib.contextmanager
@@ -45,7 +53,15 @@ def lock(workdir: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
 
     Raises:
         OSError: when it cannot be written, or is in use.
+        ValueError: for a name that is no UTF-8.
     """
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{flag} must be a path in UTF-8, as TensorFlow writes to no other. Received: "
+            f"{shown(str(workdir))}. Use another one; where the name is UTF-8, LC_ALL=C.UTF-8."
+        ) from None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "w")
@@ -87,7 +103,7 @@ def record(workdir: pathlib.Path, results: dict[str, float], step: int) -> pathl
     The file is about one step: with the first figures of another one it begins anew.
     """
     path = workdir / "results.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     if before.get("step") == step:
         results = before | results
     write_json(path, results | {"step": step})
@@ -98,7 +114,7 @@ def forget(workdir: pathlib.Path, prefix: str) -> None:
     """Removes the figures whose names begin by `prefix` from results.json."""
     path = workdir / "results.json"
     if path.exists():
-        results = json.loads(path.read_text())
+        results = read_json(path)
         write_json(path, {k: v for k, v in results.items() if not k.startswith(prefix)})
 
 
@@ -113,7 +129,7 @@ def about(workdir: pathlib.Path, flag_file: str = "run.flags") -> dict:
     }
     found = {name: workdir / file for name, file in files.items() if (workdir / file).exists()}
     recipe = flagfiles.expand([f"--flagfile={workdir / flag_file}"])
-    return {"recipe": recipe} | {name: json.loads(path.read_text()) for name, path in found.items()}
+    return {"recipe": recipe} | {name: read_json(path) for name, path in found.items()}
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -121,6 +137,21 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(unfinished, path)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Reads what `write_json` has written.
+
+    Raises:
+        ValueError: where something else has come into it.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be as the run has written it. Received what is no JSON ({error}). "
+            "Restore it, or remove it where it only holds results."
+        ) from None
 
 
 def keep_initial_weights(
@@ -137,7 +168,7 @@ def require_same_initial_weights(workdir: pathlib.Path) -> None:
     path = workdir / "initial_weights.json"
     if not path.exists():
         return
-    record = json.loads(path.read_text())
+    record = read_json(path)
     now = initial_weights.digest(record["path"], record["step"])
     if now not in (None, record["sha256"]):  # It may be gone.
         raise ValueError(
@@ -149,13 +180,70 @@ def require_same_initial_weights(workdir: pathlib.Path) -> None:
 
 def require_same_teacher(workdir: pathlib.Path, teacher: dict, source: str) -> None:
     """Raises ValueError when a run was begun with another given teacher than `source` is now."""
-    before = json.loads((workdir / TEACHER).read_text())
+    before = read_json(workdir / TEACHER)
     if before != teacher:
         raise ValueError(
             f"The workdir {workdir} was begun with another teacher: digest {before['digest']} "
             f"then, {teacher['digest']} of --teacher={source} now. Name the same one to continue "
             "it, or use another --workdir."
         )
+
+
+def keep_images(workdir: pathlib.Path, dataset: Dataset) -> None:
+    """Keeps a digest of each image that a run begins with."""
+    np.save(workdir / IMAGES, datasets.image_digests(dataset))
+
+
+def say_other_image(workdir: pathlib.Path, dataset: Dataset) -> str:
+    """Says that of as many images as a run began with some are others, and names one."""
+    said, path = ", the same number but not the same", workdir / IMAGES
+    if not path.exists():
+        return said
+    before, now = np.load(path), datasets.image_digests(dataset)
+    new = np.flatnonzero(~np.isin(now, before))
+    if not len(new):
+        return f"{said} in the same order"
+    return f"{said}: {shown(datasets.names_of(dataset, new[:1])[0])} is new"
+
+
+def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
+    """Names the files that lie beside the images and are not read."""
+    names = [name for split in splits for name in getattr(split, "left_out", ())]
+    if names:
+        (folder / LEFT_OUT).write_text("".join(f"{shown(name)}\n" for name in names), "utf-8")
+
+
+def note_versions(
+    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, trains: bool = True
+) -> None:
+    """Leaves what a run began with; says what is another now, and adds it to the record.
+
+    Args:
+        workdir: the run's.
+        checkpoints: of the run, which has begun if there are any.
+        stages: for the record.
+        trains: whether the number of replicas matters.
+    """
+    path = workdir / "versions.json"
+    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
+    now = {name: importlib.metadata.version(name) for name in packages.split()}
+    now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
+    if trains:
+        now["replicas"] = checkpoints.strategy.num_replicas_in_sync
+    if not (checkpoints.exist and path.exists()):
+        write_json(path, now)
+        return
+    record = read_json(path)
+    others = {name: value for name, value in now.items() if record.get(name, value) != value}
+    if not others:
+        return
+    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
+    program.say(
+        f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run."
+    )
+    later = {"after_step": checkpoints.newest_step, "stages": stages} | others
+    record["later"] = [*record.get("later", []), later]
+    write_json(path, record)
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:

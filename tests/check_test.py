@@ -5,10 +5,11 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from isd_tf.data import check, datasets
-from isd_tf.data.datasets import ArrayDataset, FileDataset
+from isd_tf.data.datasets import ArrayDataset, FileDataset, RecordDataset
 
 random = np.random.RandomState(0)
 
@@ -141,3 +142,20 @@ def test_equal_arrays_are_found():
     assert check.shared_images(train, test) == [(2, 1), (0, 3)]
     assert check.shared_images(train, dataclasses.replace(test, images=test.images[:, :4])) == []
     assert check.shared_images(train, FileDataset("", ("a.jpg",))) is None
+
+
+def test_equal_records_of_short_streams_are_found(tmp_path, monkeypatch):
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+
+    def stream(name, colours, skip):
+        with tf.io.TFRecordWriter(str(tmp_path / name)) as writer:
+            for colour in colours:
+                image = np.full((4, 4, 3), colour, np.uint8)
+                writer.write(features.serialize_example(features.encode_example({"image": image})))
+        shards = ((str(tmp_path / name),), (skip,), (len(colours) - skip,))
+        return RecordDataset(name, *shards, features, "image", None)
+
+    train, test = stream("train", [9, 1, 2, 3], 1), stream("test", [4, 3, 9, 1], 0)
+    assert check.shared_images(train, test) == [(2, 1), (0, 3)]
+    monkeypatch.setattr(check, "LARGEST_STREAM_BYTES", 100)
+    assert check.shared_images(train, test) is None

@@ -356,6 +356,17 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
 
 
+def test_temperatures_are_advised_where_there_are_some(tmp_path):
+    with_temperatures = make_model()
+    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    other.compile("sgd")
+    said = [
+        checkpointing.Checkpoints(tmp_path, model).advice() for model in (with_temperatures, other)
+    ]
+    assert ["lower --learning_rate" in text for text in said] == [True, True]
+    assert ["temperatures" in text for text in said] == [True, False]
+
+
 def test_an_epochs_last_step_is_saved_after_its_evaluations(tmp_path):
     model = make_model()
     checkpoints = checkpointing.Checkpoints(tmp_path, model)

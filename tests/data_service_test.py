@@ -144,7 +144,7 @@ def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path,
     dataset = kind(tmp_path, broken=5)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     batches = strategy.distribute_datasets_from_function(lambda _: batches_of(dataset, service))
-    with pytest.raises(ValueError, match=f"every image must be readable. Received: {name}. Rep"):
+    with pytest.raises(ValueError, match=f"every image must be readable. Received: {name}.*Rep"):
         with explaining([]):
             for _, _ in zip(range(60), batches, strict=False):
                 pass

@@ -94,6 +94,20 @@ def test_fingerprints_tell_images_apart_and_not_where_they_are(folder, tmp_path)
     ]
 
 
+def test_one_image_that_is_another_has_another_digest(folder):
+    train, _ = datasets.load("folder", data_dir=str(folder))
+    before = datasets.image_digests(train)
+    assert before.dtype == np.uint32 and before.shape == (4,)
+    paths = (*train.paths[:2], train.paths[2] + "x", train.paths[3])
+    changed = datasets.image_digests(dataclasses.replace(train, paths=paths))
+    np.testing.assert_array_equal(changed != before, [False, False, True, False])
+    labels = train.labels + [0, 1, 0, 0]
+    changed = datasets.image_digests(dataclasses.replace(train, labels=labels))
+    np.testing.assert_array_equal(changed != before, [False, True, False, False])
+    arrays = datasets.ArrayDataset("", np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1))
+    assert len(set(datasets.image_digests(arrays))) == 3
+
+
 def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="--data_dir"):
         datasets.load("folder")
@@ -148,6 +162,52 @@ def test_training_and_test_images_are_never_taken_together(tmp_path):
         datasets.load("folder", data_dir=str(tmp_path))
     (tmp_path / "archive" / "val").rename(tmp_path / "archive" / "cats")
     assert len(datasets.load("folder", data_dir=str(tmp_path))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("folders_", "said"),
+    [
+        (("cats_train", "cats_test"), "but cats_test, cats_train, which look like parts"),
+        (("trn", "dev"), "but dev, trn, which look like parts"),
+        (
+            ("cat/train", "cat/test", "dog/train", "dog/test"),
+            "cat, .*dog have test, train, .*round",
+        ),
+        (("data/x_train", "data/x_eval"), "data has x_eval, x_train, .*--data_dir=.*data,"),
+    ],
+)
+def test_parts_under_other_names_are_not_taken_together(tmp_path, folders_, said):
+    for name in folders_:
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+        datasets.load("folder", data_dir=str(tmp_path))
+
+
+def test_what_could_be_a_part_is_a_class_where_nothing_is_its_counterpart(tmp_path):
+    for name in ("bullet_train", "car", "dev"):
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises(FileNotFoundError, match="bullet_train, dev"):
+        datasets.load("folder", data_dir=str(tmp_path))
+    (tmp_path / "dev").rename(tmp_path / "ship")
+    assert len(datasets.load("folder", data_dir=str(tmp_path))[0]) == 3
+
+
+def test_every_folder_beside_the_parts_is_named(tmp_path, caplog):
+    for name in ("train", "training", "test", "val", "more"):
+        write_image(tmp_path / name / "cat" / "1.jpg")
+    datasets.load("folder", data_dir=str(tmp_path))
+    assert "only train and test are read. Beside them are: more, training, val." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("known", "other", "how"),
+    [("Cat", "cat", "only in capitals"), ("K\u00e4", "Ka\u0308", "only in how letters are stored")],
+)
+def test_classes_of_almost_one_name_are_told(tmp_path, known, other, how):
+    for name in (f"train/{known}", "train/b", f"val/{other}"):
+        write_image(tmp_path / name / "1.jpg")
+    with pytest.raises(ValueError, match=f"{other} differs from {known} {how}.*: rename"):
+        datasets.load("folder", data_dir=str(tmp_path))
 
 
 def test_folders_by_date_can_be_taken_without_labels(tmp_path):
@@ -383,7 +443,21 @@ def test_list_of_the_unbalanced_study(folder):
         ),
         ("train/cat/1.jpg cat\n", FileNotFoundError, "looks like 'path label': put a tab"),
         ("train/cat/1.jpg,cat\n", FileNotFoundError, "looks like 'path,label': put a tab"),
-        ("train\\cat\\1.jpg\n", FileNotFoundError, "Write / instead"),
+        ("train\\cat\\1.jpg\n", FileNotFoundError, "Line 1 has .* write / instead"),
+        ("train/cat/1.jpg|cat\n", FileNotFoundError, "looks like 'path.label': put a tab"),
+        (
+            "0,train/cat/1.jpg,cat\n",
+            FileNotFoundError,
+            "more than the path train/cat/1.jpg: a line",
+        ),
+        ("cat train/cat/1.jpg\n", FileNotFoundError, "more than the path train/cat/1.jpg: a line"),
+        ("cat\ttrain/cat/1.jpg\n", FileNotFoundError, "Line 1 has the class name first"),
+        ("\n'train/cat/1.jpg'\n", FileNotFoundError, "Line 2 has quotes"),
+        ("/train/cat/1.jpg\n", FileNotFoundError, "Line 1 begins with /"),
+        ("path,label\ntrain/cat/1.jpg,cat\n", FileNotFoundError, "Line 2 looks like 'path,label'"),
+        ("path\tlabel\ntrain/cat/1.jpg\tcat\n", FileNotFoundError, "Line 1 looks like a heading"),
+        ("train/cat\n", FileNotFoundError, "Line 1 names a folder"),
+        ("train/cat/1.jpg\ta\n./train/cat/1.jpg\tb\n", ValueError, "one class name.*in line 2"),
         (b"train/cat/\xe9.jpg\n", FileNotFoundError, r"cat/.udce9.jpg.*not UTF-8 but.*Latin-1"),
         ("train/cat/1.jpg\n".encode("utf-16-le"), ValueError, "Line 1 of.*UTF-16 without"),
         (b"\xff\xfex", ValueError, "begins as UTF-16 but is not.*Save it as UTF-8"),
@@ -405,6 +479,17 @@ def test_lists_as_editors_save_them_are_read(folder, encoding, line_end):
     text = line_end.join(["class names : ", "dog", "cat", "Train Images: ", "/train/cat/1.jpg", ""])
     train, _ = load_list(folder, text.encode(encoding), data_dir=str(folder))
     assert names(train, folder) == ["train/cat/1.jpg"] and train.class_names == ("dog", "cat")
+
+
+def test_lists_that_were_put_together_have_marks_in_the_middle(folder):
+    text = "\ufefftrain/cat/1.jpg\r\n\ufefftrain/dog/3.jpeg\r\n"
+    train, _ = load_list(folder, text.encode("utf-8"))
+    assert names(train, folder) == ["train/cat/1.jpg", "train/dog/3.jpeg"]
+
+
+def test_a_folder_in_place_of_a_list_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a file.*a folder"):
+        datasets.load("list", image_list=str(tmp_path))
 
 
 def test_missing_list_is_refused():

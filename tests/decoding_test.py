@@ -169,6 +169,31 @@ def test_that_all_are_unreadable_is_beyond_any_limit():
         unreadable.check(2)
 
 
+def test_of_a_part_the_limit_is_a_share_of_the_whole():
+    part = decoding.Unreadable(42, 0.01, whole=201)
+    assert not part.refusal(2, ["a", "b"])
+    assert "Received: 3 of 42, a part of 201, for example a" in part.refusal(3, ["a"])
+    assert decoding.Unreadable(2, 0.5, whole=9).refusal(2, ["a"])  # None is left.
+
+
+def test_what_a_data_service_cannot_read_is_looked_at_here(tmp_path):
+    def said(path):
+        message = f"assertion failed: [{decoding.UNREADABLE_IN_SERVICE}] [{path}]"
+        with pytest.raises(ValueError) as raised, decoding.explaining([]):
+            raise tf.errors.InvalidArgumentError(None, None, message)
+        return str(raised.value)
+
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert f"Received: {tmp_path}/a.jpg (empty). Repair or remove it, or" in said(
+        tmp_path / "a.jpg"
+    )
+    Image.new("CMYK", (30, 20)).save(tmp_path / "b.jpg")
+    text = said(tmp_path / "b.jpg")
+    assert "b.jpg (30 x 20 pixels, which Pillow reads and a graph does not). Save it in" in text
+    assert text.endswith("or train without --data_service, which reads it.")
+    assert "Received: x/shard, record 2. Repair or remove it" in said("x/shard, record 2")
+
+
 def test_an_image_is_counted_once():
     unreadable = decoding.Unreadable(10, 0.1)
     unreadable.add("a.jpg", "broken", 0)

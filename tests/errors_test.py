@@ -40,6 +40,39 @@ def test_memory_that_does_not_suffice(message):
     assert "Lower --batch_size, --queue_size, --image_size or --width" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            tf.errors.ResourceExhaustedError,
+            "{{function_node __wrapped__Conv2D_device_/job:localhost/device:GPU:0}} OOM when "
+            "allocating tensor with shape[9,128] and type float on /job:localhost/replica:0/task:0/"
+            "device:GPU:0 by allocator GPU_0_bfc [Op:Conv2D]",
+        ),
+        (
+            tf.errors.ResourceExhaustedError,
+            "Out of memory while trying to allocate 9663676416 bytes. [Op:__inference_f_9]",
+        ),
+        (
+            tf.errors.InternalError,
+            "Failed copying input tensor from /job:localhost/replica:0/task:0/device:CPU:0 to /job:"
+            "localhost/replica:0/task:0/device:GPU:0 in order to run _EagerConst: Dst tensor is "
+            "not initialized.",
+        ),
+        (tf.errors.InternalError, "CUDA runtime failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    ],
+)
+def test_memory_of_a_gpu(kind, message):
+    """As TensorFlow is known to word it; there was no GPU here."""
+    assert_one_line(sentence(kind(None, None, message)), "The memory does not suffice (", "Lower")
+    assert not sentence(kind(None, None, "Something else.")).startswith("The memory")
+
+
+def test_a_path_that_is_no_utf8(tmp_path):
+    writing = raised_by(tf.summary.create_file_writer, f"{tmp_path}/caf\udce9")
+    assert_one_line(writing, "paths in UTF-8 only", "LC_ALL")
+
+
 def test_memory_of_numpys():
     assert_one_line(raised_by(np.ones, 2**50), "The memory does not suffice (Unable to allocate")
     assert sentence(MemoryError()).startswith("The memory does not suffice (MemoryError)")

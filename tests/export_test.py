@@ -202,7 +202,7 @@ def test_what_is_no_image_is_refused_without_a_crash(
 
 def test_a_classifier_is_served_with_its_classes(model, files, tmp_path):
     classifier = keras.Sequential([keras.Input((32,)), keras.layers.Dense(3)])
-    names = ["cat", "Käse", "dog"]
+    names = ["cat", "Käse", "caf\udce9"]  # The last one's folder is no UTF-8.
     path = isd_tf.export_encoder(model.student_encoder, SIZE, tmp_path, classifier, names)
     outputs = run_c_api(path, "classify", files, tmp_path)
     features = run_c_api(path, "serving_bytes", files, tmp_path)["features"]
@@ -211,7 +211,7 @@ def test_a_classifier_is_served_with_its_classes(model, files, tmp_path):
     expected = np.exp(logits - logits.max(1, keepdims=True))
     expected *= outputs["valid"][:, np.newaxis] / expected.sum(1, keepdims=True)
     np.testing.assert_allclose(outputs["scores"], expected, atol=1e-5)
-    assert [name.decode() for name in outputs["classes"][0]] == names
+    assert [name.decode() for name in outputs["classes"][0]] == ["cat", "Käse", "caf\\udce9"]
     assert outputs["classes"].shape == outputs["scores"].shape
     with pytest.raises(ValueError, match="3 classes needs as many class_names. Received: 2"):
         isd_tf.export_encoder(model.student_encoder, SIZE, tmp_path, classifier, names[:2])

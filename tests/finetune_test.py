@@ -317,6 +317,19 @@ def test_good_weights_beat_random_ones_on_few_labels(tmp_path, no_export, monkey
 # ------------------------------------------------------------------------------------- bad input
 
 
+def test_a_score_that_fails_does_not_take_the_export_along(monkeypatch, capsys):
+    def fail(run, model):
+        raise KeyError("x")
+
+    done = []
+    monkeypatch.setattr(finetune, "score", fail)
+    monkeypatch.setattr(finetune, "export", lambda run, model: done.append(run))
+    run = finetune.Run(None, 16, None, [])
+    with pytest.raises(ValueError, match="^The scoring failed: KeyError: 'x'$"):
+        finetune.finish(run, None)
+    assert done == [run] and "The scoring failed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -420,13 +433,16 @@ def test_what_a_command_line_may_not_say(arguments, message, bad):
 PAGE = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
 
 
-def test_the_keras_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+def test_the_keras_example_of_the_page_runs_without_a_warning(
+    tmp_path, monkeypatch, capsys, recwarn
+):
     monkeypatch.chdir(tmp_path)
     isd_tf.build_encoder("tiny_resnet", 32, 4).save("encoder.keras")
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
     exec(compile(example, "docs/finetune.md", "exec"), names)
     assert "'accuracy'" in capsys.readouterr().out
+    assert not [str(w.message) for w in recwarn if w.category is UserWarning]
     assert len(names["few"]) == 108 and names["encoder"].trainable
 
 

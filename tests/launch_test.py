@@ -101,12 +101,17 @@ if not pathlib.Path("killed").exists():
         pathlib.Path("killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     wait_for("killed")
+    time.sleep(0.5)
     sys.exit(75)
 """
     code, output = launched(tmp_path, script, restarts=3)
     assert code == 0
-    assert "Worker 1 ended by SIGKILL.\n" in output
-    assert "Worker 0 ended with exit code 75.\n" in output
+    assert (
+        "Worker 1 ended by SIGKILL, as where the machine's memory ran out.\n"
+        "None can go on without it: worker 0 will notice and end; in 30 s the launcher ends who "
+        "has not.\n"
+    ) in output
+    assert "Worker 0 ended with exit code 75 (it has lost another worker).\n" in output
     before, after = output.split(
         "Restarting all workers from the last checkpoint (restart 1 of 3).\n"
     )
@@ -116,33 +121,41 @@ if not pathlib.Path("killed").exists():
 
 
 @pytest.mark.parametrize(
-    "script, expected",
+    "script, expected, said",
     [
-        ("if index == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for('never')", 137),
-        ("os.abort()", 134),
-        ("sys.exit(75)", 75),
+        (
+            "if index == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for('never')",
+            137,
+            "Worker 1 was the first to end, by SIGKILL, as",
+        ),
+        ("os.abort()", 134, "was the first to end, by SIGABRT. The same command continues"),
+        ("sys.exit(75)", 75, "was the first to end, with exit code 75 (it has lost another"),
     ],
 )
 def test_without_a_restart_left_the_first_dead_workers_code_is_the_launchers(
-    script, expected, tmp_path
+    script, expected, said, tmp_path
 ):
     code, output = launched(tmp_path, script, restarts=1, grace=0.1)
     assert code == expected
     assert output.count("Restarting all workers") == 1
-    assert "No restart is left of 1." in output
+    assert "No restart is left of 1. Worker " in output and said in output
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_workers_own_error_is_not_retried_whichever_end_is_seen_first(first, tmp_path):
     script = f"""
-if index != {first}:
+if index == {first}:
+    pathlib.Path("ends").touch()
+else:
+    wait_for("ends")
     time.sleep(0.5)
 sys.exit([75, 2][index])
 """
     code, output = launched(tmp_path, script, restarts=3)
     assert code == 2
     assert "Restarting" not in output
-    ends = [f"Worker {index} ended with exit code {[75, 2][index]}." for index in (0, 1)]
+    assert "No restart cures an error of its own: worker 1 has said it above." in output
+    ends = [f"Worker {index} ended with exit code {[75, 2][index]} (" for index in (0, 1)]
     assert output.index(ends[first]) < output.index(ends[1 - first])
 
 
@@ -170,10 +183,11 @@ wait_for("never")
     assert code == 75
     assert "[worker 0] still here" in output
     order = [
-        *("Worker 1 ended", "Worker 0 has not ended by itself: the launcher ends it."),
-        "Worker 0 ended by SIGKILL.",
+        *("Worker 1 ended", "None can go on without it: worker 0 will notice and end; in 0.5 s"),
+        "Worker 0 has not ended by itself: the launcher ends it. (Who scores",
+        "Worker 0 ended by SIGKILL of the launcher.",
     ]
-    assert [output.count(text) for text in order] == [1, 1, 1]
+    assert [output.count(text) for text in order] == [1, 1, 1, 1]
     assert sorted(order, key=output.index) == order
     assert time.monotonic() - start < 5
 
@@ -200,7 +214,7 @@ def test_a_launcher_told_to_stop_lets_all_workers_save(number, expected, tmp_pat
     assert process.returncode == expected
     for index in (0, 1):
         assert f"[worker {index}] saved" in output
-        assert f"Worker {index} ended with exit code 143." in output
+        assert f"Worker {index} ended with exit code 143 (it was told to stop" in output
     assert "Restarting" not in output
 
 

@@ -92,6 +92,33 @@ def gif_with_small_frame():
     return bytes(whole)
 
 
+def tiff(content, bits, samples, photometric, *more):
+    """A TIFF of 40 x 30 pixels, not packed; `more` are tags of one short, the last in order."""
+    all_bits = struct.pack("<H", bits) * samples
+    # Up to four bytes stand in the entry, more behind the content.
+    behind = all_bits if samples > 2 else b""
+    place = 8 + len(content) if behind else int.from_bytes(all_bits, "little")
+    entries = [(256, 4, 1, 40), (257, 4, 1, 30), (258, 3, samples, place), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, photometric), (273, 4, 1, 8), (277, 3, 1, samples), (278, 4, 1, 30)]
+    entries += [(279, 4, 1, len(content)), *((tag, 3, 1, value) for tag, value in more)]
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    head = b"II*\0" + struct.pack("<I", 8 + len(content) + len(behind))
+    return head + content + behind + struct.pack("<H", len(entries)) + directory
+
+
+def packed_twelve_bits(values):
+    """Two of them in three bytes."""
+    first, second = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+    return packed.astype(np.uint8).tobytes()
+
+
+def icns(image):
+    icon = save(image, "PNG")
+    entry = b"ic07" + struct.pack(">I", len(icon) + 8) + icon  # 128 x 128
+    return b"icns" + struct.pack(">I", len(entry) + 8) + entry
+
+
 def exif_of(orientation, order="<", kind=3):
     entry = struct.pack(order + "HHI", 0x0112, kind, 1)
     value = struct.pack(order + {3: "H", 4: "I"}[kind], orientation).ljust(4, b"\0")
@@ -274,6 +301,14 @@ SIXTEEN_BITS = {
         ELSEWHERE,
     ),
     "tiff, 32 bits": (save(SIXTEEN[..., 0].astype(np.int32), "TIFF"), SIXTEEN / 257, ELSEWHERE),
+    "tiff, 12 bits": (
+        tiff(packed_twelve_bits(SIXTEEN // 16), 12, 1, 1), SIXTEEN / 257, ELSEWHERE,
+    ),
+    "tiff, grey multiplied by its alpha": (
+        tiff(np.dstack([GREY // 2, GREY * 0 + 128]).tobytes(), 8, 2, 1, (338, 1)),
+        GREY // 2 + 127.0,
+        ELSEWHERE,
+    ),
     "pgm": (save(SIXTEEN[..., 0], "PPM"), SIXTEEN / 257, ELSEWHERE),
     "ppm": (b"P6 40 30 65535 " + SIXTEEN_RGB.astype(">u2").tobytes(), SIXTEEN_RGB / 257, ELSEWHERE),
     "jpeg 2000": (save(SIXTEEN[..., 0], "JPEG2000"), SIXTEEN / 257, ELSEWHERE),
@@ -331,6 +366,13 @@ def agrees_in_graph(encoded, expected, in_graph):
     assert np.abs(image - expected).mean() <= 0.5
 
 
+def test_an_icon_with_a_palette_has_its_colours():
+    image = convert("RGB").resize((128, 128)).quantize(16)
+    np.testing.assert_array_equal(
+        np.asarray(pixels.open_image(icns(image))), np.asarray(image.convert("RGB"))
+    )
+
+
 def test_four_of_one_scene_differ_where_only_what_is_hidden_does():
     """Noise below alpha 0 leaves no trace, in any format; half transparency is laid on white."""
     other = RGBA.copy()
@@ -386,6 +428,15 @@ def fails(encoded, message, **arguments):
         (FORMS["webp"][0][:100], "cut off"),
         (save(SCENE.astype(np.float32)[..., 0], "TIFF"), "floating-point values of unknown range"),
         (save(SIXTEEN[..., 0].astype(np.int32) - 9, "TIFF"), "values from -9 to 65526;"),
+        (
+            tiff(np.moveaxis(SIXTEEN_RGB, 2, 0).tobytes(), 16, 3, 2, (284, 2)),
+            "a TIFF of 16 bits, plane by plane",
+        ),
+        (
+            tiff(np.dstack([SIXTEEN, SIXTEEN]).tobytes(), 16, 2, 1, (338, 2)),
+            "a TIFF of a form that Pillow does not read",
+        ),
+        (tiff(bytes(2400), 16, 1, 1)[:2300], "cut off"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "a EPS file, not"),
         (
             b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300),
@@ -448,6 +499,20 @@ def test_one_limit_of_pixels_holds_for_every_format_and_route():
         if in_graph:
             with pytest.raises(tf.errors.InvalidArgumentError, match="--max_pixels=1199.*40.*30"):
                 small(encoded)
+
+
+def test_what_a_graph_would_turn_or_lay_on_white_is_limited_and_the_cure_is_said(monkeypatch):
+    monkeypatch.setattr(graph_decoder, "LARGE_PIXELS", 1199)
+    graph = tf.function(
+        lambda encoded: graph_decoder._decode(encoded, pixels.MAX_PIXELS, ("PNG",)),
+        input_signature=decode.input_signature,
+        autograph=False,
+    )
+    assert graph(FORMS["png"][0]).shape == (30, 40, 3)
+    for form in ("png, alpha", "png, orientation 6"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="at most 1199.*smaller.*1200"):
+            graph(FORMS[form][0])
+        assert pixels.open_image(FORMS[form][0]).size in ((40, 30), (30, 40))
 
 
 def test_a_png_of_many_pixels_in_few_bytes_is_refused_before_it_is_decoded():

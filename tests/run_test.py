@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import flagfiles  # noqa: E402
 import run  # noqa: E402
+import workdirs  # noqa: E402
 from in_process import call, set_flags  # noqa: E402
 from small_runs import (  # noqa: E402
     RANDOM_TEACHER,
@@ -366,8 +367,8 @@ def test_other_images_in_the_same_workdir_are_refused(photos, tmp_path):
     shutil.copy(folder / "train" / "dark" / "3.png", folder / "train" / "dark" / "extra.png")
     with pytest.raises(ValueError, match="begun with other images: 24 then, 25 of"):
         call(*arguments)
-    (folder / "train" / "light" / "3.png").unlink()
-    with pytest.raises(ValueError, match="the same number but not the same"):
+    (folder / "train" / "dark" / "3.png").unlink()
+    with pytest.raises(ValueError, match="the same number but .* same: .*dark/extra.png is new."):
         call(*arguments)
 
 
@@ -506,6 +507,21 @@ def test_a_workdir_that_cannot_be_written_is_refused(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--workdir must be a folder that can be written.*file"):
         call(*small_run(photos, tmp_path / "file" / "run"))
+
+
+def test_a_workdir_whose_name_is_no_utf8_is_refused_before_the_training(tmp_path):
+    name = f"{tmp_path}/caf\udce9"
+    with pytest.raises(ValueError, match="--workdir must be a path in UTF-8.*caf.udce9.*LC_ALL"):
+        with workdirs.lock(pathlib.Path(name)):
+            pass
+
+
+def test_results_that_somebody_has_broken_are_named(tmp_path):
+    workdirs.record(tmp_path, {"a": 1.0}, 3)
+    assert workdirs.read_json(tmp_path / "results.json") == {"a": 1.0, "step": 3}
+    (tmp_path / "results.json").write_text('{"a": 1.0,')
+    with pytest.raises(ValueError, match="results.json must be as the run.*Received what is no"):
+        workdirs.record(tmp_path, {"b": 1.0}, 3)
 
 
 def test_a_recipe_that_lacks_flags_says_which():

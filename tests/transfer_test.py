@@ -94,6 +94,8 @@ def test_a_folder_is_a_task_whose_validation_split_is_held_out(folder):
     parts = transfer.load(transfer.task_of(f"folder:{folder}"), None, seed=0)
     assert [np.bincount(part.labels).tolist() for part in parts] == [[8, 8], [2, 2], [2, 2]]
     assert not set(parts.training.paths) & set(parts.validation.paths)
+    # Of few that are held out one unreadable image would be too many.
+    assert [part.whole for part in parts] == [20, 20, None]
     again = transfer.load(transfer.task_of(f"folder:{folder}"), None, seed=1)
     assert set(again.validation.paths) != set(parts.validation.paths)
 

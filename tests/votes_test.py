@@ -40,6 +40,13 @@ def test_weighted_votes_equal_those_counted_one_by_one(monkeypatch):
     assert len(set(expected.values())) > 4  # The settings matter.
 
 
+def test_of_equal_votes_the_class_that_stands_first_wins():
+    bank = Features(np.ones((2, 3), np.float32), np.array([7, 4]))
+    queries = Features(np.ones((4, 3), np.float32), np.array([4, 4, 4, 7]))
+    scores = votes.weighted_accuracy(bank, queries, (2,), (0.1,))
+    assert scores == {"weighted_2nn_t0.1_top1": 0.75}
+
+
 def test_among_five_classes_there_is_no_top_five():
     scores = votes.weighted_accuracy(make(40, 5, 1), make(10, 5, 2), (4,), (0.1,))
     assert list(scores) == ["weighted_4nn_t0.1_top1"]

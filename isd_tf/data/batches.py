@@ -182,7 +182,12 @@ def numbered_batches(
     def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
         return places, augment.normalize(augment.to_unit_range(crops[0])), labels
 
-    return mapped(seen.rebatch(batch_size), finish).prefetch(PREFETCHED_BATCHES)
+    batches = mapped(seen.rebatch(batch_size), finish)
+    if isinstance(dataset, ArrayDataset):
+        # All can be read. Where the number of batches is unknown, Keras warns at the last one.
+        count = -(-len(dataset) // batch_size)
+        batches = batches.apply(tf.data.experimental.assert_cardinality(count))
+    return batches.prefetch(PREFETCHED_BATCHES)
 
 
 def sized_batches(

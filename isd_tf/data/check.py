@@ -20,7 +20,7 @@ import tensorflow as tf
 from PIL import Image
 
 from isd_tf.data import pixels
-from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset
+from isd_tf.data.datasets import ArrayDataset, Dataset, FileDataset, RecordDataset
 from isd_tf.data.folders import shown
 
 LARGE_PIXELS = 50_000_000
@@ -41,6 +41,8 @@ CONSEQUENCES = {
 }
 # Images looked at between two reports of progress, and held by name at a time.
 IMAGES_AT_ONCE = 256
+# What TFRecord files of training and test images hold together, where they are compared.
+LARGEST_STREAM_BYTES = 2**30
 # How much of two files of one size is compared before the whole of them is.
 SAMPLE_BYTES = 4096
 
@@ -195,17 +197,22 @@ def write_csv(checked: Checked, path: str) -> None:
 def shared_images(train: Dataset, test: Dataset) -> list[tuple[int, int]] | None:
     """Finds test images that are training images too: the same file, bytes or pixels.
 
-    Of files only those are read that have the size of another.
+    Of files only those are read that have the size of another, of TFRecord files all.
 
     Returns:
         Pairs of a row of `train` and a row of `test`, in the order of the latter. None for streams
-        of TFRecord files, which are long to read, and for datasets of two kinds: these are not
+        of TFRecord files that are long to read, and for datasets of two kinds: these are not
         compared.
     """
     if isinstance(train, ArrayDataset) and isinstance(test, ArrayDataset):
         if train.images.shape[1:] != test.images.shape[1:]:
             return []
         return _pairs(*(map(_digest_of_array, dataset.images) for dataset in (train, test)))
+    if isinstance(train, RecordDataset) and isinstance(test, RecordDataset):
+        files = {*train.files, *test.files}
+        if sum(map(os.path.getsize, files)) > LARGEST_STREAM_BYTES:
+            return None
+        return _pairs(*(map(_digest_of_record, _images(dataset)) for dataset in (train, test)))
     if not (isinstance(train, FileDataset) and isinstance(test, FileDataset)):
         return None
     with concurrent.futures.ThreadPoolExecutor(4 * os.cpu_count()) as pool:
@@ -258,6 +265,11 @@ def _sample(path):
 def _digest_of_file(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def _digest_of_record(named):
+    _, read = named
+    return hashlib.sha256(read()).digest()
 
 
 def _digest_of_array(image):

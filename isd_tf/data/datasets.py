@@ -10,6 +10,8 @@ import hashlib
 import os
 import pathlib
 import re
+import unicodedata
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,8 @@ class FileDataset:
 
     Attributes:
         left_out: paths of files beside them that are not read, as their names are no images'.
+        whole: images that the limit of unreadable ones is a share of; None: these. A part that is
+            held out has few, of which one may already be too many.
     """
 
     name: str
@@ -62,6 +66,7 @@ class FileDataset:
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    whole: int | None = None
 
     def __len__(self):
         return len(self.paths)
@@ -79,6 +84,7 @@ class RecordDataset:
         class_names: of the labels.
         kept: bool, for each record of all shards in turn whether it belongs; None: all do.
         new_labels: int64, what each stored label is called here; None: the same.
+        whole: as in `FileDataset`.
     """
 
     name: str
@@ -91,6 +97,7 @@ class RecordDataset:
     class_names: tuple[str, ...] = ()
     kept: np.ndarray | None = None
     new_labels: np.ndarray | None = None
+    whole: int | None = None
 
     def __len__(self):
         return sum(self.takes) if self.kept is None else int(self.kept.sum())
@@ -194,7 +201,7 @@ def load_collection(images: str, split: str = "train", data_dir: str | None = No
             f"{shown(images)}, which does not exist."
         )
     found = folders.scan(images, labelled=True)
-    parts = {n for n in found.classes or () if folders.LOOKS_LIKE_A_SPLIT.fullmatch(n)}
+    parts = set(folders.parts_among(set(found.classes or ())))
     if parts and parts == set(found.classes):
         names = sorted(parts)
         raise ValueError(
@@ -272,6 +279,22 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def image_digests(dataset: Dataset) -> np.ndarray:
+    """Returns uint32 [N], of each image what `fingerprint` digests: to find one that is another."""
+    if isinstance(dataset, ArrayDataset):
+        contents = (image.tobytes() for image in dataset.images)
+    elif isinstance(dataset, FileDataset):
+        root = os.path.commonpath([os.path.dirname(path) for path in dataset.paths])
+        contents = (os.fsencode(os.path.relpath(path, root)) for path in dataset.paths)
+    else:
+        names = names_of(dataset, np.arange(len(dataset)))
+        contents = (os.fsencode(os.path.basename(name)) for name in names)
+    digests = np.fromiter(map(zlib.crc32, contents), np.uint32, len(dataset))
+    if not isinstance(dataset, RecordDataset) and dataset.labels is not None:
+        digests ^= dataset.labels.astype(np.uint32)
+    return digests
+
+
 # ------------------------------------------------------------------------------------- files
 
 
@@ -313,13 +336,30 @@ def _open_folder(folder, found, class_names=None):
         raise ValueError(
             f"Every class of {shown(folder)} needs training images. Received classes without: "
             f"{', '.join(map(shown, unknown[:5]))}. The training folder has {len(names)} classes, "
-            f"for example {', '.join(map(shown, names[:3]))}. If the folders are no classes but "
-            "dates, say, pass the training folder itself as --data_dir: its images are then taken "
-            "as unlabelled, and nothing is scored."
+            f"for example {', '.join(map(shown, names[:3]))}.{_explain_unknown(unknown, names)}"
         )
     places = {name: place for place, name in enumerate(names)}
     labels = np.array([places[name] for name in found.classes], np.int64)
     return FileDataset(shown(folder), found.paths, labels, names, found.left_out)
+
+
+def _explain_unknown(unknown, names):
+    """What to do about test classes without training images."""
+
+    def letters(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    same = {letters(name): name for name in names}
+    for name in unknown:
+        if other := same.get(letters(name)):
+            how = "in how letters are stored, as é can be one character or two"
+            if unicodedata.normalize("NFC", name) != unicodedata.normalize("NFC", other):
+                how = "in capitals"
+            return f" {shown(name)} differs from {shown(other)} only {how}: rename one of them."
+    return (
+        " If the folders are no classes but dates, say, pass the training folder itself as "
+        "--data_dir: its images are then taken as unlabelled, and nothing is scored."
+    )
 
 
 def _load_list(image_list, data_dir):
@@ -327,18 +367,19 @@ def _load_list(image_list, data_dir):
         raise ValueError("--dataset=list needs a file. Pass --image_list=PATH.")
     entries, class_names = lists.read_list(image_list)
     root = data_dir or os.path.dirname(os.path.abspath(image_list))
-    paths = [os.path.join(root, path) for path, _ in entries]
-    missing = [row for row, path in enumerate(paths) if not os.path.isfile(path)]
+    paths = [os.path.join(root, entry.path) for entry in entries]
+    missing = [entries[row] for row, path in enumerate(paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{shown(image_list)} names {len(missing)} files that do not exist, of {len(paths)}; "
-            f"the first is {shown(paths[missing[0]])}. Paths are relative to {shown(root)}: "
-            f"correct the list or --data_dir.{lists.explain_missing(entries[missing[0]][0], root)}"
+            f"the first, in line {missing[0].line}, is {shown(missing[0].path)}. Paths are "
+            f"relative to {shown(root)}: correct the list or --data_dir."
+            f"{lists.explain_missing(missing, root)}"
         )
     labels = None
     if class_names:
         places = {name: place for place, name in enumerate(class_names)}
-        labels = np.array([places[name] for _, name in entries], np.int64)
+        labels = np.array([places[entry.class_name] for entry in entries], np.int64)
     return FileDataset(shown(image_list), tuple(paths), labels, class_names)
 
 

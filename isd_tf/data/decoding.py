@@ -36,6 +36,7 @@ class Unreadable:
         max_pixels: an image of more, width times height, counts as unreadable.
         in_service: whether a data service reads, in whose processes nothing can be counted: there
             the first one ends the training.
+        whole: images that `limit` is a share of; None: `total`.
     """
 
     def __init__(
@@ -45,8 +46,11 @@ class Unreadable:
         fate: str = LEFT_OUT,
         max_pixels: int = pixels.MAX_PIXELS,
         in_service: bool = False,
+        whole: int | None = None,
     ):
         self.total = total
+        self.tolerated = limit * (whole or total)
+        self.images = f"{total}" + (f", a part of {whole}" if whole else "")
         self.limit = limit
         self.fate = fate
         self.max_pixels = max_pixels
@@ -88,11 +92,11 @@ class Unreadable:
 
     def refusal(self, count: int, names: Iterable[str]) -> str:
         """Says, with some of their names, that so many are too many; empty where they are not."""
-        if count <= self.limit * self.total and count < self.total:
+        if count <= self.tolerated and count < self.total:
             return ""
         return (
             f"At most {self.limit:.1%} of the images may be unreadable. Received: "
-            f"{count} of {self.total}, for example {', '.join(map(shown, sorted(names)[:3]))}. "
+            f"{count} of {self.images}, for example {', '.join(map(shown, sorted(names)[:3]))}. "
             "Repair or remove them, or raise --max_unreadable."
         )
 
@@ -119,11 +123,26 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
                 raise ValueError(counter.verdict) from None
         in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
         if in_service:
-            raise ValueError(
-                f"{UNREADABLE_IN_SERVICE} {in_service[1]}. Repair or remove it, or train without "
-                "--data_service, which counts and replaces such images."
-            ) from None
+            raise ValueError(_explain_unreadable_in_service(in_service[1])) from None
         raise
+
+
+def _explain_unreadable_in_service(name):
+    """A service's worker cannot say why. The trainer looks at the file, where it sees it."""
+    reason = ""
+    cure = "Repair or remove it, or train without --data_service, which counts and replaces it"
+    if os.path.isfile(name):
+        try:
+            width, height = pixels.open_image(pixels.read_file(name), shown(name)).size
+        except pixels.UnreadableImage as error:
+            reason = f" ({error})"
+        else:
+            reason = f" ({width} x {height} pixels, which Pillow reads and a graph does not)"
+            cure = (
+                "Save it in another form (docs/folders.md tells what a graph reads), or train "
+                "without --data_service, which reads it"
+            )
+    return f"{UNREADABLE_IN_SERVICE} {name}{reason}. {cure}."
 
 
 def open_first_readable(
@@ -164,7 +183,7 @@ def open_first_readable(
 
     # With one more than may be unreadable the limit ends the reading here. Of a million broken ones
     # all would be tried, at each place.
-    attempts = min(attempts, int(unreadable.limit * unreadable.total) + 1)
+    attempts = min(attempts, int(unreadable.tolerated) + 1)
     _, image, label = tf.while_loop(
         lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
         lambda number, image, label: attempt(number),

@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from absl import logging
@@ -24,9 +25,12 @@ LEFT_BY_SYSTEMS = frozenset(
 # Names of splits, whatever their case; of several test splits the first is taken.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val")
-# "train2017", "val_images" and the like are not taken for a split, but not for a class either.
+# "train2017", "val_images" and the like are not taken for a split, but not for a class either; what
+# has something before it, or is an unusual word, may be a class, such as "bullet_train".
 LOOKS_LIKE_A_SPLIT = re.compile(
-    r"(train|training|test|testing|validation|valid|val)([^a-z].*|images?|imgs?|set|data)?",
+    r"(?P<before>.*?[^a-z])??"
+    r"((?P<train>train|training|trn)|(test|testing|validation|valid|val|tst|dev|eval|evaluation))"
+    r"([^a-z].*|images?|imgs?|set|data)?",
     re.IGNORECASE,
 )
 
@@ -75,7 +79,7 @@ def find_splits(
     if train is None and train_split == "train":
         train = _only(root, folders, TRAIN_NAMES, "--train_split")
     if train is None:
-        alike = [name for name in folders if LOOKS_LIKE_A_SPLIT.fullmatch(name)]
+        alike = parts_among(folders)
         if train_split != "train" or test_split or alike:
             raise FileNotFoundError(
                 f"The folder {shown(root)} has no subfolder {train_split!r} to train on"
@@ -92,8 +96,7 @@ def find_splits(
             f"The test folder {shown(os.path.join(root, test_split))} does not exist. It has the "
             f"folders {_listed(folders)}. Correct --test_split."
         )
-    known = (train, test_split, *TRAIN_NAMES, *TEST_NAMES)
-    unused = [name for name in folders if name not in known and name.lower() not in known]
+    unused = [name for name in folders if name not in (train, test_split)]
     if unused:
         logging.warning(
             "Of %s only %s are read. Beside them are: %s.",
@@ -102,6 +105,20 @@ def find_splits(
             _listed(unused),
         )
     return train, test_split
+
+
+def parts_among(names: Iterable[str]) -> list[str]:
+    """Which names of folders look like those of a dataset's parts.
+
+    Those that may as well be classes do so only where there are both training and test images.
+    """
+    found = {name: match for name in names if (match := LOOKS_LIKE_A_SPLIT.fullmatch(name))}
+    if _holds_both(found):
+        return list(found)
+    known = (*TRAIN_NAMES, *TEST_NAMES)
+    return [
+        name for name, match in found.items() if not match["before"] and match[2].lower() in known
+    ]
 
 
 def _subfolders(root):
@@ -241,17 +258,31 @@ def _refuse_mixed_splits(folder, tops):
     inside = collections.defaultdict(set)
     for parts in tops:
         for depth, name in enumerate(parts[:-1]):
-            if match := LOOKS_LIKE_A_SPLIT.fullmatch(name):
-                is_train = match[1].lower() in TRAIN_NAMES
-                inside[os.path.join(folder, *parts[:depth])].add((is_train, name))
-    for parent, splits in inside.items():
-        if len({is_train for is_train, _ in splits}) == 2:
-            names = [name for _, name in sorted(splits, reverse=True)]
-            raise ValueError(
-                f"{shown(folder)} has no train folder, but {shown(parent)} has {_listed(names)}, "
-                f"which would be trained on together. Pass --data_dir={shown(parent)}, or a "
-                "folder that holds training images only."
-            )
+            inside[os.path.join(folder, *parts[:depth])].add(name)
+    mixed = {
+        parent: parts
+        for parent, names in inside.items()
+        if _holds_both(parts := parts_among(names))
+    }
+    if not mixed:
+        return
+    first, *others = mixed
+    which = f"{shown(folder)} has no train folder, but {_listed(list(mixed))}"
+    what = f"{_listed(sorted(mixed[first]))}, which would be trained on together"
+    if others:
+        raise ValueError(
+            f"{which} have {what}. If these are classes, arrange them the other way round, as "
+            "train/<class>/ and test/<class>/; else pass one of them as --data_dir."
+        )
+    raise ValueError(
+        f"{which} has {what}. Pass --data_dir={shown(first)}, or a folder that holds training "
+        "images only."
+    )
+
+
+def _holds_both(parts):
+    """Whether of a dataset's parts some are for training and some for testing."""
+    return len({LOOKS_LIKE_A_SPLIT.fullmatch(name)["train"] is None for name in parts}) == 2
 
 
 def count_by_suffix(paths: list[str] | tuple[str, ...]) -> str:

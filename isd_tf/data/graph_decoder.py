@@ -170,7 +170,13 @@ def _require_size(width, height, max_pixels):
 
 def _require_small(image):
     pixels = tf.reduce_prod(tf.shape(image)[:2])
-    return _require(pixels <= LARGE_PIXELS, "Too large for a graph. Pixels:", pixels)
+    return _require(
+        pixels <= LARGE_PIXELS,
+        f"Expected at most {LARGE_PIXELS} pixels of what is to be turned upright or laid on white, "
+        "which takes a graph too much memory. Make it smaller, or store it upright and opaque. "
+        "Received pixels:",
+        pixels,
+    )
 
 
 def _decode_jpeg(encoded, max_pixels):

@@ -3,6 +3,7 @@
 import codecs
 import os
 import re
+from typing import NamedTuple
 
 from isd_tf.data.folders import shown
 
@@ -16,8 +17,22 @@ BYTE_ORDER_MARKS = (
 )
 
 
-def read_list(image_list: str) -> tuple[list[tuple[str, str | None]], tuple[str, ...]]:
-    """Reads (path, class name or None) a line of a list, and the class names in order.
+# What people put between columns, and how such a line looks.
+SEPARATORS = ((None, "path label"), (",", "path,label"), (";", "path;label"), ("|", "path|label"))
+# Of so many lines whose files are missing it is looked for what is wrong with all of them.
+LOOKED_INTO = 10
+
+
+class Entry(NamedTuple):
+    """An image that a list names."""
+
+    path: str
+    class_name: str | None
+    line: int  # counted from 1
+
+
+def read_list(image_list: str) -> tuple[list[Entry], tuple[str, ...]]:
+    """Reads an entry a line of a list, and the class names in order.
 
     Two forms: a path a line, optionally a tab and a class name behind it; and the lists of ISD's
     unbalanced study ("class names : ", the names, "Train Images: ", then "/train/<class>/<file>").
@@ -41,8 +56,10 @@ def read_list(image_list: str) -> tuple[list[tuple[str, str | None]], tuple[str,
 
 def _read_lines(image_list):
     if not os.path.isfile(image_list):
+        is_folder = os.path.isdir(image_list)
         raise FileNotFoundError(
-            f"The list of images does not exist. Received: {shown(image_list)}."
+            f"The list of images {'must be a file' if is_folder else 'does not exist'}. Received: "
+            f"{shown(image_list)}{', a folder' * is_folder}."
         )
     with open(image_list, "rb") as file:
         content = file.read()
@@ -54,12 +71,13 @@ def _read_lines(image_list):
             f"{shown(image_list)} begins as {encoding.upper()} but is not: {error.reason} at byte "
             f"{error.start}. Save it as UTF-8."
         ) from None
-    lines = re.split("\r\n|\n|\r", text)
+    # Lists that were put together have a mark in the middle too.
+    lines = [line.removeprefix("\ufeff") for line in re.split("\r\n|\n|\r", text)]
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise ValueError(
                 f"Line {number} of {shown(image_list)} holds zero bytes, as UTF-16 without its "
-                "mark does. Save it as UTF-8."
+                "mark does, and what is no text. Save it as UTF-8."
             )
     return lines
 
@@ -83,7 +101,7 @@ def _read_unbalanced(image_list, lines, heads):
                 f"in line {number}: {shown(path)}. Expected /train/<class>/<file> with one of "
                 f"{len(class_names)} classes."
             )
-        entries.append((path, name))
+        entries.append(Entry(path, name, number))
     return entries, class_names
 
 
@@ -97,7 +115,7 @@ def _read_plain(image_list, lines):
 
         def refuse(expected, number=number, line=line):
             raise ValueError(
-                f"{expected} Received in line {number} of {shown(image_list)}: {shown(line)!r}."
+                f"{expected} Received in line {number} of {shown(image_list)}: '{shown(line)}'."
             )
 
         if len(cells) > 2:
@@ -113,27 +131,58 @@ def _read_plain(image_list, lines):
                 "Expected a tab and a class name on every line, or on none. Line "
                 f"{first[0]} has {'one' if first[1] else 'none'}."
             )
-        before, other_name = seen.setdefault(path, (number, name))
+        before, other_name = seen.setdefault(os.path.normpath(path), (number, name))
         if other_name != name:
             refuse(
-                f"Expected one class name for an image. Line {before} has {shown(other_name)!r} "
+                f"Expected one class name for an image. Line {before} has '{shown(other_name)}' "
                 "for the same path."
             )
-        entries.append((path, name))
-    return entries, tuple(sorted({name for _, name in entries if name is not None}))
+        entries.append(Entry(path, name, number))
+    names = {entry.class_name for entry in entries}
+    return entries, tuple(sorted(names - {None}))
 
 
-def explain_missing(path: str, root: str) -> str:
-    """Says what form a line should have, where a path that is missing shows that it has another."""
-    for separator, looks in ((None, "path label"), (",", "path,label"), (";", "path;label")):
-        parts = path.rsplit(separator, 1)
-        if len(parts) == 2 and os.path.isfile(os.path.join(root, parts[0].strip().strip('"'))):
-            return f" The line looks like {looks!r}: put a tab between the path and the class name."
-    if "\\" in path and os.path.isfile(os.path.join(root, path.replace("\\", "/"))):
-        return " Write / instead of \\."
-    if any("\udc80" <= character <= "\udcff" for character in path):
-        return (
-            " The line is not UTF-8 but, say, Latin-1: unless the file's name is so too, save the "
-            "list as UTF-8."
-        )
+def explain_missing(missing: list[Entry], root: str) -> str:
+    """Says what form a line should have, where those whose files are missing show another one.
+
+    Args:
+        missing: in their order, not all of the list.
+        root: what their paths are relative to.
+    """
+
+    def exists(path):
+        return path and os.path.isfile(os.path.join(root, path))
+
+    for path, class_name, line in missing[:LOOKED_INTO]:
+        where = f" Line {line} "
+        for separator, looks in SEPARATORS:
+            cells = [cell.strip().strip("\"'") for cell in path.split(separator)]
+            joined = path.rsplit(separator, 1)[0].strip().strip("\"'")
+            if len(cells) > 1 and exists(joined):
+                return (
+                    f"{where}looks like {looks!r}: put a tab between the path and the class name."
+                )
+            if len(cells) > 1 and any(map(exists, cells)):
+                found = next(filter(exists, cells))
+                return (
+                    f"{where}has more than the path {shown(found)}: a line is a path, optionally a "
+                    "tab and a class name."
+                )
+        if exists(class_name):
+            return f"{where}has the class name first: the path comes first."
+        if exists(path.strip("\"'")):
+            return f"{where}has quotes around the path: write it without."
+        if exists(path.replace("\\", "/")):
+            return f"{where}has \\ in its path: write / instead."
+        if exists(path.lstrip("/")):
+            return f"{where}begins with /, which is the machine's root: leave it out."
+        if any("\udc80" <= character <= "\udcff" for character in path):
+            return (
+                f"{where}is not UTF-8 but, say, Latin-1: unless the file's name is so too, save "
+                "the list as UTF-8."
+            )
+        if os.path.isdir(os.path.join(root, path)):
+            return f"{where}names a folder: a list names files."
+    if [entry.line for entry in missing] == [1] and "." not in missing[0].path:
+        return " Line 1 looks like a heading: a list has none."
     return ""

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 # Where Pillow's own limit makes an error of its warning: 2 GiB / 4 bytes / 3 channels, in pixels.
 MAX_PIXELS = 178_956_970
@@ -95,6 +95,8 @@ def open_image(encoded: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> 
         image = _open(encoded)
         if image.format in NO_PICTURES:
             raise UnreadableImage(f"a {image.format} file, not a picture")
+        if _has_planes_of_sixteen_bits(image):
+            raise UnreadableImage("a TIFF of 16 bits, plane by plane; save it pixel by pixel")
         if image.width * image.height > max_pixels:
             raise UnreadableImage(
                 f"{image.width} x {image.height} pixels, more than --max_pixels={max_pixels}"
@@ -191,6 +193,15 @@ def _raw_mode(image):
     return raw_mode if ";" in raw_mode else ""
 
 
+def _has_planes_of_sixteen_bits(image):
+    """Whether Pillow would take each byte of a plane for a pixel, as where TIFF is not packed."""
+    if image.format != "TIFF" or not image.tile or image.tile[0].codec_name != "raw":
+        return False
+    tags = image.tag_v2
+    bits, planes = tags.get(TiffImagePlugin.BITSPERSAMPLE), TiffImagePlugin.PLANAR_CONFIGURATION
+    return tags.get(planes) == 2 and len(bits) > 1 and max(bits) > 8
+
+
 def _load(image, encoded):
     try:
         image.load()
@@ -222,10 +233,14 @@ def _to_rgb(image, raw_mode, encoded, name):
     if image.mode == "F":
         raise UnreadableImage("floating-point values of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        return _from_sixteen_bits(image, name)
+        return _from_sixteen_bits(image, raw_mode, name)
     if ";16" in raw_mode:
         # Pillow has kept the upper bytes only.
         _warn_of_twelve_bits(max(high for _, high in _extrema(image)) << 8, name)
+    if image.mode == "La":  # Multiplied by its alpha, which Pillow takes back to LA alone.
+        image = image.convert("LA")
+    if image.mode == "P" and image.palette is None:  # Within ICNS.
+        image = image.convert("RGBA")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     if raw_mode == "RGB;16B" and image.mode == "RGB":
@@ -249,8 +264,10 @@ def _transparent_of_sixteen_bits(image, encoded):
     return Image.fromarray(same.all(-1))
 
 
-def _from_sixteen_bits(image, name):
+def _from_sixteen_bits(image, raw_mode, name):
     values = np.asarray(image)
+    if raw_mode == "I;12":  # Stored as 12 bits, their range is known.
+        values = values << 4
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise UnreadableImage(f"values from {low} to {high}; of integers 0 to 65535 are read")
@@ -302,11 +319,25 @@ def _reason(encoded, error):
     # A RIFF file, such as WebP, tells how long it is.
     cut |= encoded.startswith(b"RIFF") and len(encoded) < int.from_bytes(encoded[4:8], "little")
     unidentified = isinstance(error, Image.UnidentifiedImageError)
+    if unidentified and _is_tiff_of_other_form(encoded):
+        return "a TIFF of a form that Pillow does not read, such as 16 bits with alpha, or 64 bits"
     if cut or (unidentified and encoded.startswith(SIGNATURES)):
         return "cut off"
     if unidentified:
         return f"not an image: begins with {_beginning(encoded)}"
     return f"damaged: {text}"
+
+
+def _is_tiff_of_other_form(encoded):
+    if not encoded.startswith((b"II*\0", b"MM\0*")):
+        return False
+    try:
+        TiffImagePlugin.TiffImageFile(io.BytesIO(encoded))
+    except SyntaxError as error:
+        return "unknown" in str(error)
+    except Exception:  # Whatever it meets in what is cut off.
+        return False
+    return False
 
 
 def _beginning(encoded):

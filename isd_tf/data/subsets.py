@@ -45,6 +45,20 @@ def take(dataset: Dataset, rows: np.ndarray, what: str) -> Dataset:
     return dataclasses.replace(dataset, name=name, paths=paths, labels=labels)
 
 
+def divide(
+    dataset: Dataset, fit_rows: np.ndarray, held_out_rows: np.ndarray
+) -> tuple[Dataset, Dataset]:
+    """Returns the images to fit on and those held out, as `hold_out` has drawn them.
+
+    What they may hold of unreadable images together is not asked of each.
+    """
+    parts = take(dataset, fit_rows, "to fit on"), take(dataset, held_out_rows, "held out")
+    if isinstance(dataset, ArrayDataset):
+        return parts
+    whole = dataset.whole or len(dataset)
+    return tuple(dataclasses.replace(part, whole=whole) for part in parts)
+
+
 def rows_of_fraction(dataset: Dataset, fraction: float, seed: int) -> np.ndarray:
     """Draws the same share of every class, at least of those that have images.
 
@@ -197,13 +211,15 @@ def unbalance_by_list(train: Dataset, test: Dataset | None, image_list: str) -> 
             f"ones, all with a folder in {train.name}. Received: {len(names)} classes{such_as}."
         )
     places = {tuple(path.split(os.sep)[-2:]): row for row, path in enumerate(train.paths)}
-    missing = [path for path, _ in entries if tuple(path.split("/")[-2:]) not in places]
+    wanted = [tuple(entry.path.split("/")[-2:]) for entry in entries]
+    missing = [entry for entry, place in zip(entries, wanted, strict=True) if place not in places]
     if missing:
         raise ValueError(
             f"{shown(image_list)} lists {len(missing)} images, of {len(entries)}, that are not in "
-            f"{train.name}, for example {shown(missing[0])}. Correct the list or --data_dir."
+            f"{train.name}, for example {shown(missing[0].path)} in line {missing[0].line}. "
+            "Correct the list or --data_dir."
         )
-    rows = np.array([places[tuple(path.split("/")[-2:])] for path, _ in entries])
+    rows = np.array([places[place] for place in wanted])
     classes = np.array([train.class_names.index(name) for name in names])
     return _restrict(train, test, train.labels, classes, np.unique(rows), LISTED_LARGE_CLASSES)
 

@@ -288,9 +288,9 @@ def choose(
     """
     if len(settings) == 1:
         return Choice(settings[0], {})
-    fit_rows, held_out = subsets.hold_out(subsets.labels_of(dataset), HELD_OUT_SHARE, seed)
-    classifiers = classifiers_of(subsets.take(dataset, fit_rows, "to fit on"), settings)
-    features = features_of(subsets.take(dataset, held_out, "held out"))
-    accuracies = top_k_accuracy(classifiers, features, 1)
+    rows = subsets.hold_out(subsets.labels_of(dataset), HELD_OUT_SHARE, seed)
+    fit, held_out = subsets.divide(dataset, *rows)
+    classifiers = classifiers_of(fit, settings)
+    accuracies = top_k_accuracy(classifiers, features_of(held_out), 1)
     tried = dict(zip(settings, map(float, accuracies), strict=True))
     return Choice(max(tried, key=tried.get), tried)

@@ -89,9 +89,8 @@ def load(task: Task, data_dir: str | None, seed: int) -> Splits:
     if task.validation_split:
         _, validation = datasets.load(name, "train", task.validation_split, place)
         return Splits(train, validation, test)
-    fit, held_out = subsets.hold_out(subsets.labels_of(train), linear.HELD_OUT_SHARE, seed)
-    parts = (fit, "to fit on"), (held_out, "held out")
-    return Splits(*(subsets.take(train, rows, what) for rows, what in parts), test)
+    rows = subsets.hold_out(subsets.labels_of(train), linear.HELD_OUT_SHARE, seed)
+    return Splits(*subsets.divide(train, *rows), test)
 
 
 class Score(NamedTuple):

@@ -72,6 +72,8 @@ def export_encoder(
             f"A classifier of {classifier.output_shape[-1]} classes needs as many class_names. "
             f"Received: {len(class_names)}."
         )
+    # A class may be called as a folder that is no UTF-8, which no answer can hold.
+    class_names = [str(x).encode("utf-8", "backslashreplace").decode() for x in class_names]
     directory = pathlib.Path(directory)
     archive = keras.export.ExportArchive()
     signatures = _signatures(encoder, image_size, classifier, class_names, max_pixels)
@@ -204,7 +206,7 @@ def _signatures(encoder, image_size, classifier, class_names, max_pixels):
         views, valid = views_of(image_bytes)
         logits = classifier(represent(views)["features"], training=False)
         scores = tf.nn.softmax(tf.cast(logits, tf.float32))
-        names = tf.repeat(tf.constant([list(map(str, class_names))]), tf.size(valid), axis=0)
+        names = tf.repeat(tf.constant([class_names]), tf.size(valid), axis=0)
         return with_zeros({"scores": scores}, valid) | {"classes": names}
 
     files = tf.TensorSpec([None], tf.string, name="image_bytes")
@@ -259,4 +261,4 @@ def model_card(encoder, image_size, classifier, class_names, max_pixels, signatu
             "max_pixels": max_pixels,
         },
     }
-    return card | ({"classes": list(map(str, class_names))} if classifier else {})
+    return card | ({"classes": class_names} if classifier else {})

@@ -182,9 +182,10 @@ class Checkpoints:
 
     def advice(self) -> str:
         """Where the last good checkpoint is, and what to do when values are no longer finite."""
+        softer = any(name.endswith("temperature") for name in vars(self.model))
         return (
-            f"{self._newest()}. The same flags would end in the same way: lower --learning_rate or "
-            "raise the temperatures, in another --workdir."
+            f"{self._newest()}. The same flags would end in the same way: lower --learning_rate"
+            f"{' or raise the temperatures' * softer}, in another --workdir."
         )
 
     def _newest(self):

@@ -27,6 +27,11 @@ def sentence(error: BaseException) -> str:
             f"The memory does not suffice ({_first_line(text)}). Lower --batch_size, "
             "--queue_size, --image_size or --width, or use a smaller --encoder."
         )
+    if "Error converting unicode string" in text:
+        return (
+            "TensorFlow takes paths in UTF-8 only (but those of images). Received one that is not. "
+            "Rename what the flags name, or set LC_ALL=C.UTF-8 if it is UTF-8."
+        )
     if isinstance(error, tf.errors.OpError):
         return f"{type(error).__name__}: {_first_line(text)}"
     if _USER_CODE.match(text) or _WRAPPINGS.search(text):
@@ -40,8 +45,11 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had; a full disk has the same class in TF."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, tf.errors.ResourceExhaustedError) and bool(
-        re.search(r"OOM|allocat|[Mm]emory", error.message)
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return bool(re.search(r"OOM|allocat|[Mm]emory", error.message))
+    # A GPU's memory that runs out while something is copied there, or by the driver's word.
+    return isinstance(error, tf.errors.OpError) and bool(
+        re.search(r"Dst tensor is not initialized|(?i:out[ _]of[ _]memory)", error.message)
     )
 
 
