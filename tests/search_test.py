@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import importlib
 import io
 import os
 import pathlib
@@ -278,6 +279,36 @@ def test_a_picture_that_is_gone_is_said_to_be(run, embedded):
     finally:
         (embedded / "moved").rename(path)
     assert len(page.images) == 12 and "No picture: no such file" in page.text
+
+
+@pytest.fixture
+def read_as_documented(embedded, tmp_path, monkeypatch):
+    """What the lines of docs/find.md read of the embedded pictures."""
+    (tmp_path / "embedded").symlink_to(embedded / "train embedded")
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "find.md").read_text()
+    names = {}
+    exec(compile(text.split("```python\n")[1].split("```")[0], "docs/find.md", "exec"), names)
+    lines = re.findall(r"^\| (\w+) \| `(.*?)`", text, re.MULTILINE)
+    return names, dict(lines)
+
+
+def test_the_pages_lines_read_every_name(read_as_documented, embedded):
+    names, _ = read_as_documented
+    found = {os.fsencode(os.path.basename(path)) for path in names["paths"]}
+    assert found == set(os.listdir(os.fsencode(embedded / "train")))
+    expected = np.argsort(-names["embeddings"] @ names["embeddings"][0])[:10]
+    assert names["nearest"][0] == 0 and names["nearest"].tolist() == expected.tolist()
+
+
+def test_usearch_reads_the_array(read_as_documented):
+    pytest.importorskip("usearch.index")
+    names, lines = read_as_documented
+    names["usearch"] = importlib.import_module("usearch")
+    exec(lines["usearch"], names)
+    found = names["index"].search(names["embeddings"][3], 4, exact=True)
+    similarities = np.sort(names["embeddings"] @ names["embeddings"][3])[::-1]
+    np.testing.assert_allclose(1 - found.distances, similarities[:4], atol=1e-5)
 
 
 def test_pictures_of_arrays_are_those_of_their_rows(model, tmp_path, monkeypatch):
