@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pyarrow.csv
@@ -22,7 +23,7 @@ from isd_tf.data import datasets
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import search
 from isd_tf.serving import embed
-from isd_tf.serving.collection import escape
+from isd_tf.serving.collection import Collection, escape
 
 RANDOM = np.random.default_rng(0)
 ROWS = unit(RANDOM.normal(size=(90, 7))).astype(np.float32)
@@ -366,6 +367,31 @@ def test_embeddings_of_other_encoders_are_not_compared(run, embedded, tmp_path, 
         with pytest.raises(SystemExit):
             run(*flags)
         assert "if one encoder has made them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "shards/part-00000-of-00001.parquet"])
+@pytest.mark.parametrize("left", [0, 100, -20])
+def test_a_damaged_file_is_named_with_what_helps(
+    name, left, embedded, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(embedded / "train embedded", folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:left])
+    flags = [f"--embeddings={folder}", "--row=0"]
+    with pytest.raises(SystemExit):
+        small.call(program, *flags, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert f"{name} is damaged: " in said and "Remove it" in said and said.count("\n") == 1
+    # As it says: what is left makes the files again, or says which part is missing.
+    (folder / name).unlink()
+    (folder / "embeddings.npy").unlink(missing_ok=True)
+    again = Collection._read(folder)
+    if not again.missing:
+        again.finish()
+        assert (folder / "embeddings.npy").read_bytes() == whole
+    else:
+        assert again.missing == [0] and not again.is_complete
 
 
 def test_the_template_lies_beside_the_program():
