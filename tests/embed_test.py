@@ -275,6 +275,7 @@ def test_where_nothing_can_be_read_the_list_says_why(tmp_path):
         ("empty", "Found no image below"),
         ("nowhere", "which does not exist"),
         ("parts", "holds parts of a dataset: train, val. Name one"),
+        ("parts/val/a.png", "is an image. Write its path into a list"),
         ("tfds:cifar1", "Did you mean cifar10"),
     ],
 )
