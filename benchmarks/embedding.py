@@ -1,12 +1,12 @@
 """embed.py's work beside the bare encoder, which gets finished views from memory.
 
-    python benchmarks/embedding.py --model=runs/x/saved_model --images=photos --count=512
+    python benchmarks/embedding.py --model=runs/x/saved_model --images=photos --count=4096
 
 In each of the rounds, one after the other in one process: the signature `encode` on batches in
 memory, reading and decoding alone, and the embedding of the collection to its last file. Prints
 images a second and core-milliseconds an image (of all threads, which other programs on the machine
 change less), and the rates over the bare encoder's of the same round: the median, lowest and
-highest. Without --images, random arrays of the model's image size, which need no decoding.
+highest. Each start costs about 2 core-seconds, so let --count be thousands. Without --images, random arrays of the model's image size, which need no decoding.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main():
     )
     parser.add_argument("--model", required=True, help="SavedModel, or the folder of its versions")
     parser.add_argument("--images", help="as embed.py's; default random arrays")
-    parser.add_argument("--count", type=int, default=512, help="of images; default 512")
+    parser.add_argument("--count", type=int, default=4096, help="of images; default 4096")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     asked = parser.parse_args()
     encoder = embed.load_encoder(asked.model)
