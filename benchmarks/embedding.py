@@ -6,8 +6,8 @@ In each of the rounds, one after the other in one process: the signature `encode
 memory, reading and decoding alone, and the embedding of the collection to its last file. Prints
 images a second and core-milliseconds an image (of all threads, which other programs on the machine
 change less), and the rates over the bare encoder's of the same round: the median, lowest and
-highest. Each start costs about 2 core-seconds, so let --count be thousands. Without --images, random
-arrays of the model's image size, which need no decoding.
+highest. Each start costs about 2 core-seconds, so let --count be thousands. Without --images,
+random arrays of the size of its views, which need no decoding.
 """
 
 import argparse
