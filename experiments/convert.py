@@ -1,6 +1,5 @@
 """Converts an encoder between runs of isd_tf, Keras' files and PyTorch's.
 
-    python experiments/convert.py --source=runs/imagenet --target=encoder.safetensors
     python experiments/convert.py --source=resnet50.pth --target=resnet50.keras --encoder=resnet50
 
 A source is the workdir of a run, or a file: .keras, .weights.h5, .safetensors, .pth or .pt. A
@@ -17,6 +16,7 @@ import sys
 
 import program
 
+EXAMPLE = "python experiments/convert.py --source=runs/imagenet --target=encoder.safetensors"
 TARGETS = (".keras", ".weights.h5", ".safetensors", ".pth", ".pt")
 # Of the sources, those that do not say which network they are of.
 WEIGHTS_ALONE = (".weights.h5", ".safetensors", ".pth", ".pt", ".pth.tar")
@@ -27,7 +27,7 @@ def main() -> None:
     program.prepare()
     # argparse, not absl: what is wrong ends with exit code 2.
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=EXAMPLE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--source", required=True, type=pathlib.Path, metavar="PATH")
     parser.add_argument("--target", required=True, type=pathlib.Path, metavar="PATH")

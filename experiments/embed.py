@@ -91,7 +91,7 @@ class Progress:
         self.total, self.done_before = total, done_before
         self.start = self.last = time.monotonic()
         self.is_terminal = sys.stdout.isatty()
-        self.line = ""
+        self.line, self.is_shown = "", True
 
     def __enter__(self):
         return self
@@ -101,6 +101,7 @@ class Progress:
         rate = images / (now - self.start)
         done = self.done_before + images
         left = (self.total - done) / rate
+        self.is_shown = False
         self.line = (
             f"{done} of {self.total} images, {rate:.4g} images/s, {duration(left)} left"
             f"{f', {skipped} unreadable' * (skipped > 0)}"
@@ -110,10 +111,11 @@ class Progress:
             self._show("" if self.is_terminal else "\n")
 
     def _show(self, end):
+        self.is_shown = True
         print(f"\r\033[K{self.line}" if self.is_terminal else f"  {self.line}", end=end, flush=True)
 
     def __exit__(self, *error):
-        if self.line:
+        if self.line and (self.is_terminal or not self.is_shown):
             self._show("\n")
 
 

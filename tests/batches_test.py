@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from isd_tf.data import batches as batching
 from isd_tf.data import datasets, graph_decoder
 from isd_tf.data.decoding import Unreadable, explaining
+from isd_tf.data.readers import GROUP
 from isd_tf.views import augment, crops, photometric
 
 N, SIZE = 23, 12
@@ -356,6 +357,19 @@ def test_evaluation_leaves_unreadable_files_out(files):
     labels = np.concatenate([labels for _, labels in batches.as_numpy_iterator()])
     assert list(labels) == [i for i in range(N) if i != 3]
     assert unreadable.names == {files.paths[3]}
+
+
+@pytest.mark.parametrize("kinds", [("TIFF",), ("TIFF", "PNG", "TIFF")])
+def test_what_the_graph_cannot_read_comes_in_its_place(kinds, tmp_path):
+    for i in range(40):  # Three groups, of which the graph misses all, or the first and the last.
+        kind = kinds[i // GROUP % len(kinds)]
+        grey = np.full((SIZE, SIZE, 3), 5 * i, np.uint8)
+        Image.fromarray(grey).save(tmp_path / f"{i:02d}.{kind.lower()}", kind)
+    dataset = datasets.load_collection(str(tmp_path))
+    seen = list(batching.numbered_batches(dataset, SIZE, 16))
+    assert np.concatenate([places for places, *_ in seen]).tolist() == list(range(40))
+    red = np.concatenate([views[:, 0, 0, 0] for _, views, _ in seen])
+    np.testing.assert_allclose(red, (5 * np.arange(40) / 255 - 0.485) / 0.229, atol=1e-5)
 
 
 def test_a_probes_epoch_sees_every_image_once_its_remainder_too(dataset):

@@ -275,6 +275,7 @@ def test_where_nothing_can_be_read_the_list_says_why(tmp_path):
         ("empty", "Found no image below"),
         ("nowhere", "which does not exist"),
         ("parts", "holds parts of a dataset: train, val. Name one"),
+        ("parts/val/a.png", "is an image. Write its path into a list"),
         ("tfds:cifar1", "Did you mean cifar10"),
     ],
 )
@@ -328,13 +329,22 @@ def test_a_full_disk_leaves_nothing_half(model, tmp_path):
     with full_disk(), contextlib.suppress(OSError):
         embed.embed_shards(encoder, dataset, collection, [0])
     assert not list((tmp_path / "out" / "shards").iterdir())
-    assert collections.SHARD_IMAGES % embed.BATCH == 0
 
 
-def test_progress_tells_the_rate_and_what_is_left(capsys):
+def test_a_batch_fills_a_shard_and_fits_into_the_caches():
+    sizes = [embed.batch_size(size, collections.SHARD_IMAGES) for size in (32, 96, 224, 384, 1024)]
+    assert sizes == [256, 128, 32, 16, 16] and embed.batch_size(32, 48) == 16
+
+
+def test_progress_tells_the_rate_and_what_is_left(capsys, monkeypatch):
     with program.Progress(1000, 400) as progress:
         progress.start -= 10
         progress(200, 3)
     said = capsys.readouterr().out
     assert "600 of 1000 images, 20 images/s, 0 min 20 s left, 3 unreadable" in said
+    assert said.count("600 of 1000") == 1
+    monkeypatch.setattr(program, "SECONDS_BETWEEN_REPORTS", 0)
+    with program.Progress(1000, 400) as progress:
+        progress(600, 0)  # Said at once, and not again at the end.
+    assert capsys.readouterr().out.count("1000 of 1000") == 1
     assert program.duration(7322) == "2 h 2 min"

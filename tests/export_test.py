@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -10,12 +11,13 @@ import keras
 import numpy as np
 import pytest
 import skimage.data
+import small_collections
 import tensorflow as tf
 from PIL import ExifTags, Image
 from tensorflow_serving.apis import prediction_log_pb2
 
 import isd_tf
-from isd_tf.data.pixels import open_image
+from isd_tf.data.pixels import MAX_PIXELS, open_image
 from isd_tf.views import augment
 
 RUNNER = pathlib.Path(__file__).parent / "saved_model_c_api.py"
@@ -237,7 +239,21 @@ def test_the_card_tells_what_is_served(model, saved_model):
     assert card["weights"] == model.student_encoder.count_params()
     stored = b"".join(weight.numpy().tobytes() for weight in model.student_encoder.weights)
     assert card["weights_sha256"] == hashlib.sha256(stored).hexdigest()
+    assert card["input"]["served_pixels"] == card["input"]["max_pixels"] == 1_000_000
     assert card["scores"] == {"student_1nn": 0.5}
+
+
+def test_a_server_unfolds_no_more_than_a_graph_can_turn(tmp_path):
+    path, _ = small_collections.export(tmp_path)
+    limits = json.loads((pathlib.Path(path) / "model_card.json").read_text())["input"]
+    assert limits["served_pixels"] == 2**26 and limits["max_pixels"] == MAX_PIXELS
+    serve = tf.saved_model.load(path).signatures["serving_bytes"]
+    beyond = io.BytesIO()
+    Image.new("L", (2**13 + 1, 2**13)).save(beyond, "PNG")
+    ordinary = io.BytesIO()
+    Image.new("L", (300, 200)).save(ordinary, "PNG")
+    files = tf.constant([beyond.getvalue(), ordinary.getvalue()])
+    assert serve(image_bytes=files)["valid"].numpy().tolist() == [False, True]
 
 
 def test_the_file_holds_the_encoders_weights_once_and_nothing_else(model, saved_model):

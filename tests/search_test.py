@@ -2,10 +2,12 @@
 
 import base64
 import html.parser
+import importlib
 import io
 import os
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pyarrow.csv
@@ -21,7 +23,7 @@ from isd_tf.data import datasets
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import search
 from isd_tf.serving import embed
-from isd_tf.serving.collection import escape
+from isd_tf.serving.collection import Collection, escape
 
 RANDOM = np.random.default_rng(0)
 ROWS = unit(RANDOM.normal(size=(90, 7))).astype(np.float32)
@@ -280,6 +282,36 @@ def test_a_picture_that_is_gone_is_said_to_be(run, embedded):
     assert len(page.images) == 12 and "No picture: no such file" in page.text
 
 
+@pytest.fixture
+def read_as_documented(embedded, tmp_path, monkeypatch):
+    """What the lines of docs/find.md read of the embedded pictures."""
+    (tmp_path / "embedded").symlink_to(embedded / "train embedded")
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "find.md").read_text()
+    names = {}
+    exec(compile(text.split("```python\n")[1].split("```")[0], "docs/find.md", "exec"), names)
+    lines = re.findall(r"^\| (\w+) \| `(.*?)`", text, re.MULTILINE)
+    return names, dict(lines)
+
+
+def test_the_pages_lines_read_every_name(read_as_documented, embedded):
+    names, _ = read_as_documented
+    found = {os.fsencode(os.path.basename(path)) for path in names["paths"]}
+    assert found == set(os.listdir(os.fsencode(embedded / "train")))
+    expected = np.argsort(-names["embeddings"] @ names["embeddings"][0])[:10]
+    assert names["nearest"][0] == 0 and names["nearest"].tolist() == expected.tolist()
+
+
+def test_usearch_reads_the_array(read_as_documented):
+    pytest.importorskip("usearch.index")
+    names, lines = read_as_documented
+    names["usearch"] = importlib.import_module("usearch")
+    exec(lines["usearch"], names)
+    found = names["index"].search(names["embeddings"][3], 4, exact=True)
+    similarities = np.sort(names["embeddings"] @ names["embeddings"][3])[::-1]
+    np.testing.assert_allclose(1 - found.distances, similarities[:4], atol=1e-5)
+
+
 def test_pictures_of_arrays_are_those_of_their_rows(model, tmp_path, monkeypatch):
     images = small.random_images(3)
     arrays = datasets.ArrayDataset("mnist/train", images)
@@ -335,6 +367,31 @@ def test_embeddings_of_other_encoders_are_not_compared(run, embedded, tmp_path, 
         with pytest.raises(SystemExit):
             run(*flags)
         assert "if one encoder has made them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "shards/part-00000-of-00001.parquet"])
+@pytest.mark.parametrize("left", [0, 100, -20])
+def test_a_damaged_file_is_named_with_what_helps(
+    name, left, embedded, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(embedded / "train embedded", folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:left])
+    flags = [f"--embeddings={folder}", "--row=0"]
+    with pytest.raises(SystemExit):
+        small.call(program, *flags, monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert f"{name} is damaged: " in said and "Remove it" in said and said.count("\n") == 1
+    # As it says: what is left makes the files again, or says which part is missing.
+    (folder / name).unlink()
+    (folder / "embeddings.npy").unlink(missing_ok=True)
+    again = Collection._read(folder)
+    if not again.missing:
+        again.finish()
+        assert (folder / "embeddings.npy").read_bytes() == whole
+    else:
+        assert again.missing == [0] and not again.is_complete
 
 
 def test_the_template_lies_beside_the_program():

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.data import folders, lists, photo_patches
+from isd_tf.data import folders, lists, photo_patches, pixels
 from isd_tf.data.folders import shown
 
 if TYPE_CHECKING:
@@ -194,6 +194,12 @@ def load_collection(images: str, split: str = "train", data_dir: str | None = No
     if images.startswith("tfds:"):
         return load(images.removeprefix("tfds:"), split, data_dir=data_dir)[0]
     if os.path.isfile(images):
+        with open(images, "rb") as file:
+            if pixels.kind_of_beginning(file.read(pixels.BEGINNING)):
+                raise ValueError(
+                    f"Images must be a folder, a list in a file, or tfds:NAME. Received: "
+                    f"{shown(images)}, which is an image. Write its path into a list."
+                )
         return load("list", image_list=images, data_dir=data_dir)[0]
     if not os.path.isdir(images):
         raise FileNotFoundError(

@@ -104,24 +104,71 @@ def in_own_order(dataset, look, unreadable, batch_size):
         firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
         return mapped(firsts, look_at_batch)
 
-    if isinstance(dataset, FileDataset):
-        paths = _paths(dataset)
-        sources = tf.data.Dataset.from_tensor_slices((paths, paths, _labels(dataset)))
-    else:
-        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-        sources = mapped(records, functools.partial(_source_of_record, dataset))
-
-    def look_at_group(numbers, group):  # [n], three of [n]
-        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
-        return numbers, *_look_at_group(look, numbers, candidate, dataset, 1, unreadable)
-
     def leave_out(numbers, seen, labels, readable):
         return tf.nest.map_structure(
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
 
-    groups = mapped(sources.enumerate().batch(_group_size(unreadable)), look_at_group)
+    in_groups = _file_groups if isinstance(dataset, FileDataset) else _record_groups
+    groups = in_groups(dataset, look, unreadable)
     return mapped(_ended_beyond_limit(groups, unreadable), leave_out)
+
+
+def _record_groups(dataset, look, unreadable):
+    records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
+    sources = mapped(records, functools.partial(_source_of_record, dataset))
+
+    def look_at_group(numbers, group):  # [n], three of [n]
+        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
+        return numbers, *_look_at_group(look, numbers, candidate, dataset, 1, unreadable)
+
+    return mapped(sources.enumerate().batch(GROUP), look_at_group)
+
+
+def _file_groups(dataset, look, unreadable):
+    """The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow.
+
+    As `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
+    inner one for each, which TensorFlow does not optimise: it takes twice the time.
+    """
+    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
+    groups = -(-len(dataset) // GROUP)
+    nothing = look.nothing, tf.zeros([0], tf.int64)
+    types = tf.nest.map_structure(lambda x: x.dtype, nothing)
+
+    def ways_to_look(group):
+        numbers = tf.range(GROUP * group, tf.minimum(GROUP * (group + 1), len(dataset)))
+
+        def candidate(i, attempt):
+            path = paths[numbers[i]]
+            return path, path, labels[numbers[i]]
+
+        return numbers, *_ways_to_look(look, numbers, candidate, dataset, 1, unreadable)
+
+    def look_at_once(group):
+        numbers, look_at, _ = ways_to_look(group)
+        places = tf.range(tf.size(numbers, tf.int64))
+        return group, tf.map_fn(look_at, places, fn_output_signature=types, parallel_iterations=1)
+
+    def look_at_missed(group, seen_at_once):
+        numbers, _, each = ways_to_look(group)
+        return numbers, *_unless_missed(look, *seen_at_once, each)
+
+    def count(expected, found):
+        group, _ = found
+        return group + 1, (expected, *found)
+
+    def with_missed_before(expected, group, seen):
+        missed = tf.data.Dataset.range(expected, group).map(as_it_stands(lambda g: (g, nothing)))
+        return missed.concatenate(tf.data.Dataset.from_tensors((group, seen)))
+
+    of_graph = mapped(tf.data.Dataset.range(groups), look_at_once).ignore_errors()
+    if not graph_formats(dataset.paths):
+        of_graph = of_graph.take(0)
+    end = tf.data.Dataset.from_tensors((tf.constant(groups, tf.int64), nothing))
+    counted = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(count))
+    all_groups = counted.flat_map(as_it_stands(with_missed_before)).take(groups)
+    return mapped(all_groups, look_at_missed)
 
 
 def _group_size(unreadable):
@@ -166,11 +213,40 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
         For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
         whether all were read at once by the graph.
     """
+    look_at, each = _ways_to_look(look, places, candidate, dataset, attempts, unreadable)
+    count = tf.size(places, tf.int64)
+    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
+    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
+    at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
+    nothing = tf.data.Dataset.from_tensors((look.nothing, tf.zeros([0], tf.int64)))
+    readable = at_once.ignore_errors().concatenate(nothing).take(1)
+    return _unless_missed(look, *readable.get_single_element(), each)
+
+
+def _unless_missed(look, seen, labels, each):
+    """What the graph has seen of a group, or, where that is nothing, what `each` sees."""
+    all_at_once = tf.size(labels) > 0
+    seen, labels, readable = tf.cond(
+        all_at_once, lambda: (seen, labels, tf.fill([tf.size(labels)], True)), each
+    )
+    pairs = zip(seen, look.nothing, strict=True)
+    seen = tuple(tf.ensure_shape(x, [None, *empty.shape[1:]]) for x, empty in pairs)
+    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
+    return seen, labels, readable, all_at_once
+
+
+def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
+    """Two functions, with the arguments of `_look_at_group`.
+
+    Returns:
+        One by the graph, which fails where an image cannot be read: of a number, int64, the views
+        [S, S, 3] of that image, and its label. One by Pillow: of nothing, for each view
+        [n, S, S, 3], labels [n] and bool [n], whether any could be read.
+    """
     draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
     count = tf.size(places, tf.int64)
-    empty = look.nothing
     first = tf.constant(0, tf.int64)
 
     def look_at(i):
@@ -180,13 +256,6 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
         seen = look(image[tf.newaxis], draws[i][tf.newaxis])
         return tuple(x[0] for x in seen), label
 
-    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
-    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
-    at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
-    nothing = tf.data.Dataset.from_tensors((empty, tf.zeros([0], tf.int64)))
-    readable = at_once.ignore_errors().concatenate(nothing).take(1)
-    seen, labels = readable.get_single_element()
-
     def look_at_first_readable(i):
         read = read_file if is_file else bytes
         of_image = functools.partial(candidate, i)
@@ -195,25 +264,20 @@ def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
         seen = tf.cond(
             readable,
             lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
-            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in empty),
+            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in look.nothing),
         )
         return tuple(x[0] for x in seen), label, readable
 
     def each():
+        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
         if unreadable.in_service:
             message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
             with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-                return tf.nest.map_structure(tf.identity, (seen, labels, tf.fill([count], False)))
-        types = (tuple(x.dtype for x in empty), tf.int64, tf.bool)
+                views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
+                return views, tf.zeros([count], tf.int64), tf.fill([count], False)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
-    all_at_once = tf.size(labels) > 0
-    seen, labels, readable = tf.cond(
-        all_at_once, lambda: (seen, labels, tf.fill([count], True)), each
-    )
-    seen = tuple(tf.ensure_shape(x, [None, *e.shape[1:]]) for x, e in zip(seen, empty, strict=True))
-    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
-    return seen, labels, readable, all_at_once
+    return look_at, each
 
 
 # ---------------------------------------------------------------- images in the order of training

@@ -192,14 +192,18 @@ class Collection:
             How many images were skipped.
 
         Raises:
-            ValueError: when no image could be read.
+            ValueError: when no image could be read, or a shard is damaged.
         """
         paths = [self.shard_path(number) for number in range(self.shards)]
-        skipped = [tuple(entry) for path in paths for entry in _skipped_in(path)]
+        count, skipped = 0, []
+        for path in paths:
+            with self._undamaged(path):
+                metadata = pq.read_metadata(path)
+                count += metadata.num_rows
+                skipped += map(tuple, json.loads(metadata.metadata[b"unreadable"]))
         with appearing_whole(self.folder / UNREADABLE) as unfinished:
             with open(unfinished, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("row", "path", "reason"), *skipped])
-        count = sum(pq.read_metadata(path).num_rows for path in paths)
         if not count:
             raise ValueError(
                 f"None of the {self.about['count']} images of {self.about['images']['name']} can "
@@ -208,7 +212,7 @@ class Collection:
         with appearing_whole(self.folder / PATHS) as unfinished:
             with open(unfinished, "w", encoding="utf-8", newline="") as file:
                 for path in paths:
-                    names = pq.read_table(path, columns=["path"])["path"].to_pylist()
+                    names = self._columns(path, ["path"])["path"].to_pylist()
                     file.writelines(f"{name}\n" for name in names)
         # Last: where it is, all is.
         with appearing_whole(self.folder / ARRAY) as unfinished, open(unfinished, "wb") as file:
@@ -216,14 +220,15 @@ class Collection:
             shape = (count, self.about["dimension"])
             np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
             for path in paths:
-                column = pq.read_table(path, columns=["embedding"])["embedding"]
+                column = self._columns(path, ["embedding"])["embedding"]
                 for chunk in column.chunks:
                     file.write(chunk.flatten().to_numpy().astype("<f4", copy=False).tobytes())
         return len(skipped)
 
     def embeddings(self) -> np.ndarray:
         """float32 [N, D], unit rows, read as they are needed."""
-        return np.load(self.folder / ARRAY, mmap_mode="r")
+        with self._undamaged(self.folder / ARRAY):
+            return np.load(self.folder / ARRAY, mmap_mode="r")
 
     def names(self) -> list[str]:
         """What each row is of."""
@@ -232,9 +237,26 @@ class Collection:
 
     def known(self) -> pa.Table:
         """What is known of each row beside its embedding: path, width, height, label."""
-        return pq.read_table(
-            self.folder / SHARDS, columns=["path", "width", "height", "label"]
-        ).replace_schema_metadata()
+        columns = ["path", "width", "height", "label"]
+        parts = [self._columns(self.shard_path(i), columns) for i in range(self.shards)]
+        return pa.concat_tables(parts)
+
+    def _columns(self, path, names):
+        with self._undamaged(path):
+            return pq.read_table(path, columns=names).replace_schema_metadata()
+
+    @contextlib.contextmanager
+    def _undamaged(self, path):
+        try:
+            yield
+        except (ValueError, EOFError, OSError) as error:
+            if getattr(error, "errno", None):  # Of the system, which says itself what it is.
+                raise
+            both = f"it and {ARRAY}" if path.name != ARRAY else "it"
+            raise ValueError(
+                f"{shown(str(path))} is damaged: {str(error).splitlines()[0]}. Remove {both}: the "
+                "same call of embed.py as before makes anew what is missing."
+            ) from error
 
 
 def _is_passing(name):
@@ -243,10 +265,6 @@ def _is_passing(name):
 
 def _told(what):
     return f"{shown(what['name'])} (digest {what['sha256'][:12]})"
-
-
-def _skipped_in(path):
-    return json.loads(pq.read_schema(path).metadata[b"unreadable"])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,8 +22,9 @@ from isd_tf.serving.collection import SHARD_IMAGES, Collection, Shard, Skipped
 from isd_tf.serving.export import MODEL_CARD
 from isd_tf.serving.saved_encoder import SIGNATURE, open_saved_model
 
-# Images that are encoded at a time. Of more, the activations of a large network leave the caches.
-BATCH = 64
+# What is encoded at a time: so many images, but no more than so many pixels. Of more, activations
+# leave the caches, and the allocator maps the views' memory (above 32 MB) anew for each batch.
+BATCH, BATCH_PIXELS = 256, 2**21
 
 
 class SavedEncoder(NamedTuple):
@@ -92,7 +94,7 @@ def begin(
         folder: the output.
         encoder, dataset: what is to be embedded, and by what.
         source: what else is known of the images: how to open them again.
-        shard_images: of a shard, a multiple of BATCH.
+        shard_images: of a shard, a multiple of GROUP.
 
     Raises:
         ValueError: for a dataset without images, or another number of them in a shard.
@@ -100,8 +102,8 @@ def begin(
     """
     if not len(dataset):
         raise ValueError(f"There are no images in {dataset.name}.")
-    if shard_images < 1 or shard_images % BATCH:
-        raise ValueError(f"shard_images must be a multiple of {BATCH}. Received: {shard_images}.")
+    if shard_images < 1 or shard_images % GROUP:
+        raise ValueError(f"shard_images must be a multiple of {GROUP}. Received: {shard_images}.")
     images = {"name": dataset.name, "sha256": _digest(dataset)} | (source or {})
     about = {
         "images": images,
@@ -155,7 +157,8 @@ def embed_shards(
     rows = np.concatenate([collection.rows_of(number) for number in numbers])
     unreadable = _Noted(len(dataset), encoder.max_pixels)
     part = dataset if len(rows) == len(dataset) else subsets.take(dataset, rows, "the rest")
-    batches = iter(sized_batches(part, encoder.image_size, BATCH, unreadable))
+    batch = batch_size(encoder.image_size, collection.about["shard_images"])
+    batches = iter(sized_batches(part, encoder.image_size, batch, unreadable))
     done, skipped = 0, 0
     # One shard is written while the next one is embedded.
     with concurrent.futures.ThreadPoolExecutor(1) as writer:
@@ -164,7 +167,7 @@ def embed_shards(
             end, parts = done + len(collection.rows_of(number)), []
             while done < end:
                 places, views, labels, sizes = next(batches)
-                begun, done = done, min(done + BATCH, end)
+                begun, done = done, min(done + batch, end)
                 skipped += done - begun - len(places)
                 if len(places):
                     parts.append((places, encoder.embed(views), sizes, labels))
@@ -173,6 +176,12 @@ def embed_shards(
                 writing.result()
             writing = writer.submit(_write, collection, number, dataset, rows, parts, unreadable)
         writing.result()
+
+
+def batch_size(image_size: int, shard_images: int) -> int:
+    """How many images of side S are encoded at a time: a power of two that fills a shard."""
+    fitting = max(BATCH_PIXELS // image_size**2, GROUP)
+    return math.gcd(shard_images, min(2 ** (fitting.bit_length() - 1), BATCH))
 
 
 def embed_file(encoder: SavedEncoder, path: str) -> np.ndarray:

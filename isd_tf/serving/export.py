@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from isd_tf.data.graph_decoder import GRAPH_FORMATS, decode
+from isd_tf.data.graph_decoder import GRAPH_FORMATS, LARGE_PIXELS, decode
 from isd_tf.data.pixels import MAX_PIXELS
 from isd_tf.networks.weights import sha256
 from isd_tf.views import augment, crops, photometric
@@ -57,7 +57,9 @@ def export_encoder(
         directory: where TF Serving looks for versions; made if missing.
         classifier: features [B, C] to logits [B, K]; or None.
         class_names: of the classifier's K classes.
-        max_pixels: width times height beyond which an encoded image counts as unreadable.
+        max_pixels: width times height beyond which an encoded image counts as unreadable where a
+            collection is embedded. Whoever sends a file to a server decides how much it unfolds
+            to: there LARGE_PIXELS is the limit, unless this one is lower.
         about: what else is known of the encoder, for the model card: recipe, data, scores.
 
     Returns:
@@ -76,7 +78,8 @@ def export_encoder(
     class_names = [str(x).encode("utf-8", "backslashreplace").decode() for x in class_names]
     directory = pathlib.Path(directory)
     archive = keras.export.ExportArchive()
-    signatures = _signatures(encoder, image_size, classifier, class_names, max_pixels)
+    served_pixels = min(max_pixels, LARGE_PIXELS)
+    signatures = _signatures(encoder, image_size, classifier, class_names, served_pixels)
     for name, (function, spec) in signatures.items():
         # Not tracked: the endpoints' own captures are stored, once each.
         archive.add_endpoint(name, function, [spec])
@@ -259,6 +262,7 @@ def model_card(encoder, image_size, classifier, class_names, max_pixels, signatu
             "orientation": "by EXIF where images come as files",
             "transparency": "laid on white",
             "max_pixels": max_pixels,
+            "served_pixels": min(max_pixels, LARGE_PIXELS),
         },
     }
     return card | ({"classes": class_names} if classifier else {})
