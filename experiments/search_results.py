@@ -1,14 +1,11 @@
 """What search.py has found, as a table and as one HTML page that holds its pictures."""
 
-import base64
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 import program  # noqa: F401 - so that isd_tf is found
 import pyarrow as pa
@@ -19,9 +16,9 @@ from PIL import Image
 
 from isd_tf.data import datasets, pixels
 from isd_tf.data.folders import shown
+from isd_tf.report import pages
 from isd_tf.serving.collection import Collection, appearing_whole
 
-TEMPLATE = "search_page.html.jinja"
 # Longer side of a picture. One takes about 6 KB of the page, so that the largest is of 3 MB.
 THUMBNAIL = 160
 MAX_PICTURES = 500
@@ -92,13 +89,9 @@ def page(found: Found) -> str:
         if some:
             cards = [_card(picture) for picture in some]
             groups.append((group.heading, cards, len(group.pictures) - len(some)))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shown_pictures = MAX_PICTURES - left
-    return environment.get_template(TEMPLATE).render(
+    return pages.render(
+        "search.html.jinja",
         title=found.title,
         summary=found.summary,
         table=f"{found.name}.csv",
@@ -108,18 +101,13 @@ def page(found: Found) -> str:
 
 
 def _card(picture):
-    """What the template takes: name, note, and the picture or why there is none."""
-    name = shown(picture.name)
-    card = {"name": name, "short": shown(os.path.basename(picture.name)), "note": picture.note}
+    """What the template takes: the short name, the picture, and why there is none, if so."""
+    name, short = shown(picture.name), shown(os.path.basename(picture.name))
     try:
         image = _open(picture)
     except pixels.UnreadableImage as error:
-        return card | {"data": "", "reason": str(error)}
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=80)
-    data = base64.b64encode(encoded.getvalue()).decode()
-    return card | {"data": data, "width": image.width, "height": image.height}
+        return short, pages.Picture("", 0, 0, name, picture.note), str(error)
+    return short, pages.picture(image, name, picture.note, side=THUMBNAIL), ""
 
 
 def _open(picture):
