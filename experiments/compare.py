@@ -7,7 +7,6 @@ Runs whose recipes differ in nothing but the seed are one group: of groups, mean
 shown, and of two groups with the same seeds the differences seed by seed.
 """
 
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -83,10 +82,7 @@ def read(workdir: pathlib.Path) -> Compared:
         raise FileNotFoundError(
             f"{shown(str(workdir))} is not the workdir of a run: it has no run.flags."
         )
-    try:
-        about = workdirs.about(workdir)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"A file of {shown(str(workdir))} is no JSON ({error}).") from error
+    about = workdirs.about(workdir)
     flags_ = [line.removeprefix("--").partition("=") for line in about["recipe"]]
     recipe = {name: value for name, _, value in flags_ if name not in NOT_COMPARED}
     scores = {

@@ -97,6 +97,8 @@ class Progress:
         return self
 
     def __call__(self, images: int, skipped: int) -> None:
+        from isd_tf.training.monitoring import duration  # With it comes TensorFlow.
+
         now = time.monotonic()
         rate = images / (now - self.start)
         done = self.done_before + images
@@ -117,12 +119,6 @@ class Progress:
     def __exit__(self, *error):
         if self.line and (self.is_terminal or not self.is_shown):
             self._show("\n")
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 if __name__ == "__main__":

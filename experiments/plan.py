@@ -23,6 +23,7 @@ from isd_tf.evaluation import features
 from isd_tf.methods import losses
 from isd_tf.methods.student import Student
 from isd_tf.training import cluster
+from isd_tf.training.monitoring import duration
 
 COLUMNS, LABEL = 100, 18
 FLOAT = 4  # bytes
@@ -232,15 +233,6 @@ def size(count: float) -> str:
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = min(int(math.log10(max(count, 1)) / 3), len(units) - 1)
     return f"{count / 1000**power:.3g} {units[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 2 h 10 min."""
-    for unit, smaller, long, short in (("d", "h", 86400, 3600), ("h", "min", 3600, 60)):
-        if seconds >= long:
-            count, rest = divmod(round(seconds / short), long // short)
-            return f"{count} {unit} {rest} {smaller}"
-    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.2g} s"
 
 
 def _images(data):

@@ -135,6 +135,7 @@ def two_epochs(monkeypatch):
     monkeypatch.setattr(auto, "FEWEST_EPOCHS", 1)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_numbers_that_it_has_found(
     photos, tmp_path, two_epochs, monkeypatch, capsys
 ):

@@ -146,6 +146,9 @@ def test_two_replicas_with_synchronised_batch_norm_equal_one(method, float64, tw
         for model in (one, two)
     ]
     assert histories[0].pop("waiting_seconds") != histories[1].pop("waiting_seconds")
+    # Half a batch has a gradient of its own: their mean length is more than that of their mean.
+    norms = [history.pop("gradient_norm") for history in histories]
+    assert np.all(np.array(norms[1]) > norms[0])
     for name, values in histories[0].items():
         rtol = 1e-6 if name == "purity" else 1e-9  # A share, in float32.
         np.testing.assert_allclose(histories[1][name], values, rtol=rtol, err_msg=name)

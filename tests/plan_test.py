@@ -173,15 +173,6 @@ def test_every_method_is_planned(method, planned):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.0312, "0.031 s"), (59, "59 s"), (99, "99 s"), (101, "2 min"), (3599, "60 min"),
-     (3600, "1 h 0 min"), (9030, "2 h 30 min"), (86_400, "1 d 0 h"), (864_000, "10 d 0 h")],
-)  # fmt: skip
-def test_a_duration_in_words(seconds, said):
-    assert plan.duration(seconds) == said
-
-
-@pytest.mark.parametrize(
     ("count", "said"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (45_123_456, "45.1 MB"),
      (2**63, "9.22e+06 TB")],

@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(finished):
     output = (finished / "output.txt").read_text()
     assert "24 images of 2 classes, 12 of each" in output
     assert "Epoch 4/4: " in output
-    for line in ("raw pixels", "untrained", "student", "teacher", "1-NN", "images_per_second"):
+    for line in ("raw pixels", "untrained", "student", "teacher", "1-NN", "images/s"):
         assert line in output
 
 
@@ -77,7 +77,9 @@ def test_logs_hold_every_monitored_value(finished):
         event = tf.compat.v1.Event.FromString(record)
         for value in event.summary.value:
             steps.setdefault(value.tag, []).append(event.step)
-    monitored = "loss teacher_entropy student_entropy embedding_std purity learning_rate".split()
+    monitored = (
+        "loss teacher_entropy student_entropy embedding_std purity gradient_norm learning_rate"
+    ).split()
     for name in (*monitored, "student_1nn", "teacher_20nn"):
         assert steps[f"epoch/{name}"] == [6, 12, 18, 24]
     for name in monitored:

@@ -94,10 +94,10 @@ class Progress(keras.callbacks.Callback):
 
 
 def duration(seconds: float) -> str:
-    """Says a time in one or two units: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Says a time in one or two units: 0.03 s, 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s"
     if minutes < 60:
         return f"{minutes} min"
     if minutes < 48 * 60:
