@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -337,13 +338,16 @@ def test_a_batch_fills_a_shard_and_fits_into_the_caches():
 
 
 def test_progress_tells_the_rate_and_what_is_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(program, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     with program.Progress(1000, 400) as progress:
-        progress.start -= 10
+        now[0] += 10
         progress(200, 3)
     said = capsys.readouterr().out
     assert "600 of 1000 images, 20 images/s, 20 s left, 3 unreadable" in said
     assert said.count("600 of 1000") == 1
     monkeypatch.setattr(program, "SECONDS_BETWEEN_REPORTS", 0)
     with program.Progress(1000, 400) as progress:
+        now[0] += 10
         progress(600, 0)  # Said at once, and not again at the end.
     assert capsys.readouterr().out.count("1000 of 1000") == 1

@@ -114,8 +114,9 @@ def test_an_epochs_line_has_all_that_matters_in_100_columns(monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     "seconds, said",
-    [(0, "0 s"), (0.0312, "0.031 s"), (89.4, "89 s"), (90, "2 min"), (3540, "59 min"), (3590, "1 h 0 min"),
-     (48 * 3600 - 61, "47 h 59 min"), (48 * 3600, "2 d 0 h"), (400 * 86400, "400 d 0 h")],
+    [(0, "0 s"), (0.0312, "0.031 s"), (89.4, "89 s"), (90, "2 min"), (3540, "59 min"),
+     (3590, "1 h 0 min"), (48 * 3600 - 61, "47 h 59 min"), (48 * 3600, "2 d 0 h"),
+     (400 * 86400, "400 d 0 h")],
 )  # fmt: skip
 def test_durations_are_said_in_one_or_two_units(seconds, said):
     assert monitoring.duration(seconds) == said
