@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from isd_tf.data import datasets, folders, graph_decoder, photo_patches, pixels
+from isd_tf.data import datasets, folders, graph_decoder, originals, photo_patches, pixels
 
 
 def write_image(path, value=0):
@@ -612,3 +612,29 @@ def test_fashion_mnist_is_prepared_from_debians_package(tmp_path):
     official = tfds.load("fashion_mnist", split="test", data_dir=str(tmp_path), download=False)
     first = next(iter(official.as_numpy_iterator()))
     np.testing.assert_array_equal(first["image"][..., 0], test.images[0, ..., 1])
+
+
+def test_originals_are_the_images_of_every_kind_of_dataset(tmp_path, monkeypatch):
+    """A file turned by its EXIF orientation, an array, and a record of a stream."""
+    turned = np.zeros((4, 6, 3), np.uint8)
+    turned[:, :3] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Upright after a quarter turn to the right: light is on top.
+    Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
+    files = datasets.FileDataset(
+        "files", (str(tmp_path / "turned.png"), str(tmp_path / "gone.png"))
+    )
+    image = originals.open_original(files, 0)
+    assert image.size == (4, 6) and image.getpixel((1, 0)) == (250,) * 3
+    assert image.getpixel((1, 5)) == (0,) * 3
+    with pytest.raises(pixels.UnreadableImage, match="no such file"):
+        originals.open_original(files, 1)
+    grey = datasets.ArrayDataset("grey", np.full((2, 3, 5, 1), 7, np.uint8))
+    assert originals.open_original(grey, 1).size == (5, 3)
+    assert originals.open_original(grey, 1).getpixel((4, 2)) == (7, 7, 7)
+    held, _ = datasets.load("photos", data_dir=str(tmp_path))
+    monkeypatch.setattr(datasets, "LARGEST_ARRAY_BYTES", 0)
+    stream, _ = datasets.load("photos", data_dir=str(tmp_path))
+    for row in (0, len(stream) - 1):
+        found = np.asarray(originals.open_original(stream, row))
+        np.testing.assert_array_equal(found, held.images[row])
