@@ -22,6 +22,7 @@ from isd_tf.data.datasets import is_labelled
 from isd_tf.evaluation import features
 from isd_tf.methods import losses
 from isd_tf.methods.student import Student
+from isd_tf.report import health
 from isd_tf.training import cluster
 from isd_tf.training.monitoring import duration
 
@@ -34,8 +35,6 @@ CALLS_READ_AHEAD = 3
 KNN_BATCH, KNN_BATCHES = 64, 3
 # Below so many images BatchNorm's statistics err much (Wu and He, Group Normalization, figure 1).
 FEW_FOR_BATCH_NORM = 16
-# Times that the teacher must have forgotten all but 1/e of its random weights.
-TEACHER_LIVES = 5
 # Of all similarities of a step: both networks' and what their gradient needs (losses.py).
 MATRICES = {"isd": 10, "compress": 10, "moco_v2": 3, "msf": 1, "byol": 0}
 
@@ -163,7 +162,7 @@ def warnings(model: Student, data: evaluations.Data) -> list[str]:
             f"{steps * FLAGS.batch_size} embeddings, and the rest stays random."
         )
     momentum = FLAGS.teacher_momentum if FLAGS.method != "compress" else 0
-    if momentum and steps * (1 - momentum) < TEACHER_LIVES:
+    if momentum and steps * (1 - momentum) < health.TEACHER_LIVES:
         found.append(
             f"--teacher_momentum={momentum:g} keeps the teacher {1 / max(1 - momentum, 1e-9):.0f} "
             f"steps behind, and there are {steps}: it hardly leaves its random weights. Use more "

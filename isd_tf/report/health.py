@@ -18,6 +18,8 @@ SAME_ACCURACY = 0.01
 # Relative change of the loss over a training below which it is called flat.
 FLAT = 0.02
 MUCH_WAITING = 0.25
+# Times that a teacher must have forgotten all but 1/e of what it began with.
+TEACHER_LIVES = 5
 
 
 class Finding(NamedTuple):
@@ -163,7 +165,7 @@ def _teacher(metrics, facts, scores):
     elif known:
         yield Finding(GOOD, "The teacher is not behind the student.", evidence)
     memory = 1 / (1 - facts.teacher_momentum) if facts.teacher_momentum < 1 else math.inf
-    if 3 * memory > facts.steps:
+    if TEACHER_LIVES * memory > facts.steps:
         yield Finding(
             WARNING,
             "The teacher hardly leaves its beginning: it moves too slowly for so short a training. "
