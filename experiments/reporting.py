@@ -42,6 +42,8 @@ from isd_tf.views import augment, photometric
 
 PAGE = "report.html"
 METHODS = {"isd": "ISD", "moco_v2": "MoCo v2", "byol": "BYOL", "msf": "MSF", "compress": "CompRess"}
+# Epochs by which the time left is told.
+LATELY = 10
 # Images that are looked at: asked, and searched for their neighbours.
 ASKED, SEARCHED = 2000, 20_000
 # Pictures: images with their views; queries of a kind, and neighbours; clusters, and members.
@@ -197,12 +199,10 @@ class _Page:
         written = time.strftime("%Y-%m-%d %H:%M")
         if self.finished:
             return f"Written {written}, after step {self.step}."
-        left = ""
-        done = [line for line in self.metrics.epochs if "seconds" in line]
-        if done and self.step < self.steps:
-            seconds = np.mean([line["time"] - line["seconds"] for line in done[:1]])
-            seconds = (done[-1]["time"] - seconds) / (done[-1]["step"] or 1)
-            left = f" About {duration(seconds * (self.steps - self.step))} left."
+        left, seconds = "", [line["seconds"] for line in self.metrics.epochs[-LATELY:]]
+        if seconds and self.step < self.steps:
+            epochs = FLAGS.epochs * (1 - self.step / self.steps)
+            left = f" About {duration(np.mean(seconds) * epochs)} left."
         return (
             f"Written {written}, while it trains, after step {self.step} of {self.steps}.{left} "
             "Load it again to see later epochs; neighbours, clusters and map come at the end."
@@ -229,8 +229,9 @@ class _Page:
         queue = getattr(self.run.model, "queue", None)
         log_k = Level("log K", float(np.log(queue.size))) if queue and queue.size > 1 else None
         has_entropy = FLAGS.method in ("isd", "compress")
+        of_anchors = has_entropy or FLAGS.method == "moco_v2"  # In nats, as log K is.
         drawn = [
-            self.chart("Loss", {"loss": "loss"}, scale=log_k),
+            self.chart("Loss", {"loss": "loss"}, scale=log_k if of_anchors else None),
             self.chart(
                 "Entropy of the similarities (nats)",
                 {"teacher_entropy": "teacher", "student_entropy": "student"},

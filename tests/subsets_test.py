@@ -73,6 +73,18 @@ def test_streams_and_arrays_are_cut_alike(streams):
     assert [label == number % CLASSES for number, label in contents(part)] == [True] * 4
 
 
+def test_few_images_of_a_stream_need_few_of_its_shards(streams):
+    train, _ = streams
+    rows = [3, 0, 2]
+    part = subsets.take(train, np.array(rows), "few")
+    assert len(part) == 3 and len(part.files) < len(train.files)
+    np.testing.assert_array_equal(subsets.labels_of(part), subsets.labels_of(train)[[0, 2, 3]])
+    names = isd_tf.datasets.names_of
+    assert names(part, [0, 1, 2]) == names(train, [0, 2, 3])
+    again = subsets.take(part, np.array([2]), "one")
+    assert names(again, [0]) == names(train, [3])
+
+
 def test_a_part_of_a_stream_is_trained_on_whole_and_alone(streams):
     part = subsets.take(streams[0], np.arange(0, 120, 3), "a third")
     batches = pretraining_batches(part, ("weak", "weak"), 8, 8, seed=0)

@@ -37,7 +37,13 @@ def take(dataset: Dataset, rows: np.ndarray, what: str) -> Dataset:
         everything = np.ones(sum(dataset.takes), bool) if dataset.kept is None else dataset.kept
         kept = np.zeros_like(everything)
         kept[np.flatnonzero(everything)[rows]] = True
-        return dataclasses.replace(dataset, name=name, kept=kept)
+        of_shards = np.split(kept, np.cumsum(dataset.takes)[:-1])
+        shards = zip(dataset.files, dataset.skips, dataset.takes, of_shards, strict=True)
+        # Whoever wants few images need not read all shards.
+        files, skips, takes, kept = zip(*(x for x in shards if x[3].any()), strict=True)
+        return dataclasses.replace(
+            dataset, name=name, files=files, skips=skips, takes=takes, kept=np.concatenate(kept)
+        )
     labels = None if dataset.labels is None else dataset.labels[rows]
     if isinstance(dataset, ArrayDataset):
         return dataclasses.replace(dataset, name=name, images=dataset.images[rows], labels=labels)
