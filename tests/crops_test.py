@@ -114,3 +114,13 @@ def test_centre_crop_of_very_long_images_shows_their_centre(shape):
     centre = tuple(slice(max(s // 2 - min(shape), 0), s // 2 + min(shape)) for s in shape)
     image[centre] = 255
     np.testing.assert_array_equal(crops.centre_crops(batch(image), 56), 255)
+
+
+def test_what_a_crop_works_on_holds_its_inputs_and_has_one_of_few_lengths():
+    random, side, lengths = np.random.RandomState(0), 500, set()
+    for first, end in np.sort(random.randint(0, side + 1, [200, 2])):
+        window = np.arange(first, max(end, first + 1)).clip(max=side - 1)
+        begin, past = map(int, crops._cover(tf.constant(window), side))
+        assert 0 <= begin <= window[0] and window[-1] < past <= side
+        lengths.add(past - begin)
+    assert lengths <= {64, 128, 192, 256, 320, 384, 448, 500}

@@ -23,6 +23,9 @@ WEIGHT_BITS = 15
 BLOCK = 16
 # Of a large image so many pixels at a time become floats, which take four times its memory.
 PART_PIXELS = 2**21
+# Sides of what is worked on are multiples of it: for each new shape oneDNN makes its kernels anew,
+# which takes half as long as a crop.
+SHAPE_STEP = 64
 
 
 def random_resized_crop(
@@ -153,7 +156,7 @@ def _resample(images, starts, steps, firsts, ends, size):
     """
     single = images.shape[0] == 1
     if single:  # Then no more than the box is worked on, a part of its rows at a time.
-        (top, left), _ = tf.unstack(firsts[0]), tf.unstack(ends[0])
+        sides, (top, left) = tf.shape(images)[1:3], tf.unstack(firsts[0])
         starts -= tf.cast(firsts, tf.float32)
         firsts, ends = tf.zeros_like(firsts), ends - firsts
     (rows, of_rows), (columns, of_columns) = (
@@ -163,16 +166,14 @@ def _resample(images, starts, steps, firsts, ends, size):
 
     # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
     if single:  # Of the box, what shows: of a centre, often half.
+        rows, columns = rows + top, columns + left
         (upper, lower), (begin, end) = (
-            (tf.reduce_min(x), tf.reduce_max(x) + 1) for x in (rows, columns)
+            _cover(x, side) for x, side in zip((rows, columns), tf.unstack(sides), strict=True)
         )
-        box_rows = images[:, top + upper : top + lower]
+        box = images[:, upper:lower, begin:end]
         across = in_parts(
             lambda first, last: _resize_across(
-                box_rows[:, first:last, left + begin : left + end],
-                columns - begin,
-                of_columns,
-                size,
+                box[:, first:last], columns - begin, of_columns, size
             )[0],
             lower - upper,
             end - begin,
@@ -183,6 +184,14 @@ def _resample(images, starts, steps, firsts, ends, size):
     else:
         across = _resize_across(images, columns, of_columns, size)
     return tf.ensure_shape(_resize_across(across, rows, of_rows, size), [None, size, size, 3])
+
+
+def _cover(window, side):
+    """First and last + 1 of what holds a window of a side, in a multiple of SHAPE_STEP pixels."""
+    first, length = tf.reduce_min(window), tf.reduce_max(window) - tf.reduce_min(window) + 1
+    length = tf.minimum(-(-length // SHAPE_STEP) * SHAPE_STEP, side)
+    first = tf.minimum(first, side - length)
+    return first, first + length
 
 
 def _resize_across(images, window, weights, size):
