@@ -127,7 +127,7 @@ def messages(
     shuffled = batch_norm == "shuffled"
     told = {
         "gradients": ("reduce", 1, 4 * net.trainable),
-        "logs": ("reduce", 1, 4 * (5 + labelled)),
+        "logs": ("reduce", 1, 4 * (6 + labelled)),
         "embeddings": ("gather", 1 + shuffled, 4 * dimension * batch * (1 + shuffled)),
     }
     if labelled:

@@ -564,8 +564,10 @@ def knn_callback(run, stop):
     if not every or evaluations.reason_not_to_score(data):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
-    # What the student is held against; in compress also how far it is on the way to its teacher.
-    references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
+    references = {}
+    # What the page holds the student against; compress, as it is on the way to its teacher.
+    if "report" in FLAGS.stages or FLAGS.method == "compress":
+        references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
     return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)]
 
 

@@ -599,6 +599,7 @@ def test_tfds_name_that_cannot_be_prepared_says_how_to(tmp_path):
         datasets.load("unreachable", data_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not datasets.DEBIAN_FASHION_MNIST.is_dir(),
     reason="needs Debian's package: apt-get install dataset-fashion-mnist",

@@ -148,6 +148,7 @@ def test_sigterm_saves_exits_143_and_is_continued(photos, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["step"] == STEPS
 
 
+@pytest.mark.slow
 def test_all_switches_together(photos, tmp_path):
     arguments = small_run(
         photos, tmp_path, "--strategy=mirrored", "--logical_cpus=2", "--batch_norm=groups:2",
@@ -200,6 +201,7 @@ def test_a_tfds_stream_is_pretrained_on_and_continued_to_the_same_bits(tmp_path)
     assert "student_1nn" in json.loads((tmp_path / "whole" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp_path):
     arguments = small_run(photos, tmp_path, "--strategy=mirrored", "--logical_cpus=2")
     result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
