@@ -245,11 +245,12 @@ class _Page:
             self.chart("Time waiting for data", {"waiting_share": "share"}, percent=True),
         ]
         drawn = [chart for chart in drawn if chart]
-        text = "" if drawn else f"There is nothing in {workdirs.METRICS}: an older version trained."
+        text = "" if drawn else f"There is nothing in {workdirs.METRICS}, as of older versions."
         return Section("Curves", text, charts=drawn)
 
-    def chart(self, title, names, kind="steps", levels=(), **how):
-        lines = []
+    def chart(self, title, names, kind=None, levels=(), **how):
+        # A run of a few steps has none that was logged.
+        kind, lines = kind or ("steps" if self.metrics.steps else "epochs"), []
         for number, (name, text) in enumerate(names.items()):
             x, y = self.metrics.curve(name, kind)
             if len(x):
@@ -508,6 +509,8 @@ class _Page:
         labels = self.querying.labels[: len(self.nearest[0])]
         if labels.min() < 0 or self.searched.labels.min() < 0:
             return Section(title, "Left out: the images have no labels.")
+        if len(np.unique(self.searched.labels)) == 1:
+            return Section(title, "Left out: there is one class.")
         classes = max(labels.max(), self.searched.labels.max()) + 1
         predicted = self.predictions()
         text = f"What the nearest of {self.searched.said()} takes {len(labels)} images for."

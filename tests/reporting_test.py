@@ -188,6 +188,16 @@ def test_a_workdir_without_metrics_has_no_curves():
     page.run, page.metrics = types.SimpleNamespace(model=None), metrics.Metrics([], [], 0)
     assert "There is nothing in metrics.jsonl" in page.curves().text
     assert not page.curves().charts
+    page.metrics = metrics.Metrics([], [{"epoch": 1.0, "step": 6, "loss": 2.0}], 0)
+    assert len(page.curves().charts) == 1 and not page.curves().text  # Of less than a logged step.
+
+
+def test_one_class_is_not_confused():
+    page = object.__new__(reporting._Page)
+    page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=True))
+    page.asked = page.searched = reporting.Sample("one", None, None, np.zeros(4, int), None, 4)
+    page.nearest = np.zeros((4, 1), int), None
+    assert page.confusion("Confusion").text == "Left out: there is one class."
 
 
 @pytest.mark.parametrize("count, how", [(3, "main directions"), (5, "main"), (12, "t-SNE")])
