@@ -101,6 +101,24 @@ def test_the_linear_classifier_is_at_the_minimum_of_the_weighted_loss():
     assert np.abs(unweighted).max() > 1  # The same at the other minimum would prove nothing.
 
 
+def test_class_weights_find_more_of_a_rare_class():
+    random = np.random.default_rng(0)
+
+    def draw(*counts):  # Two classes that overlap.
+        labels = np.repeat(np.arange(2), counts)
+        values = random.normal(size=(len(labels), 4)) + 1.5 * labels[:, np.newaxis]
+        return features.Features(values.astype(np.float32), labels)
+
+    train, rare, common = draw(380, 20), draw(0, 500), draw(500, 0)
+
+    def recalls(weights):
+        fitted = linear.fit(train, [1.0], weights)
+        return [linear.top_k_accuracy(fitted, test, 1)[0] for test in (rare, common)]
+
+    unweighted, weighted = recalls(None), recalls(finetuning.class_weights(train.labels, 2))
+    assert weighted[0] > unweighted[0] + 0.1 and weighted[1] > 0.7
+
+
 def test_the_training_loss_is_weighted_by_class():
     model = make_classifier(rate=0.0)
     weights = np.array([0.5, 1.0, 4.0])
