@@ -183,6 +183,7 @@ def test_two_replicas_with_synchronised_batch_norm_equal_one(float64, two_replic
         np.testing.assert_allclose(theirs.numpy(), ours.numpy(), atol=1e-10, err_msg=ours.path)
 
 
+@pytest.mark.slow
 def test_a_saved_model_teaches_on_two_replicas_as_on_one(two_replicas, tmp_path):
     _, teacher = small()
     path = isd_tf.export_encoder(teacher, 24, tmp_path)
@@ -204,6 +205,7 @@ def test_a_saved_model_teaches_on_two_replicas_as_on_one(two_replicas, tmp_path)
     np.testing.assert_allclose(ours, model.embed_teacher(view), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_xla_computes_the_same_steps(float64):
     plain, compiled = (small(jit_compile=jit)[0] for jit in (False, True))
     view = tf.constant(np.random.default_rng(0).normal(size=(8, 16, 16, 3)))

@@ -69,6 +69,7 @@ def restored(workdir):
     return model
 
 
+@pytest.mark.slow
 def test_the_images_drawn_are_those_of_the_clusters_members(evaluated, photos, monkeypatch):
     """With one that cannot be read among them, so that rows of features and of files differ."""
     drawn = []
@@ -169,6 +170,7 @@ def test_a_fast_linear_score_is_that_of_the_saved_student(evaluated, photos):
     assert results["student_fast_linear_top1"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_linear_sees_the_references_views_of_every_epoch(evaluated, photos, monkeypatch):
     seen, trained_by, train = [], [], linear.train
 
@@ -193,6 +195,7 @@ def test_linear_sees_the_references_views_of_every_epoch(evaluated, photos, monk
     assert results["student_linear_top1"] == np.mean(logits.argmax(axis=1) == own.labels)
 
 
+@pytest.mark.slow
 def test_linear_by_the_reference_and_with_few_labels(evaluated, capsys):
     results = evaluated("linear", "--linear_epochs=5")
     assert_documented(results)
@@ -246,6 +249,7 @@ def test_few_labels_may_be_another_datasets(evaluated, monkeypatch):
         evaluated("fast_linear", "--label_dataset=photo_patches")
 
 
+@pytest.mark.slow
 def test_a_dataset_that_fails_is_left_out_and_those_behind_it_are_not(
     evaluated, photos, tmp_path, capsys
 ):
@@ -296,6 +300,7 @@ def test_an_export_on_a_full_disk_is_said_and_leaves_nothing_behind(evaluated, p
     assert "Results: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_tensorflow_ends_costs_neither_the_others_nor_the_export(
     trained, photos, tmp_path, capsys
 ):
@@ -328,6 +333,7 @@ def test_what_was_asked_for_and_cannot_be_done_fails_beside_an_export_as_well(ev
     assert (evaluated.workdir / "saved_model" / "1").is_dir()
 
 
+@pytest.mark.slow
 def test_a_dataset_that_fails_for_one_encoder_has_no_score_of_another(
     evaluated, photos, tmp_path, monkeypatch
 ):
@@ -358,6 +364,7 @@ def test_a_full_disk_leaves_no_dataset_out(evaluated, photos, monkeypatch):
     assert not any("transfer" in name for name in results_of(evaluated.workdir))
 
 
+@pytest.mark.slow
 def test_transfers_scores_are_those_of_the_last_list(evaluated, photos, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(photos, other)
@@ -368,6 +375,7 @@ def test_transfers_scores_are_those_of_the_last_list(evaluated, photos, tmp_path
     assert results["student_transfer_mean"] == score and results["student_transfer_datasets"] == 1
 
 
+@pytest.mark.slow
 def test_transfer_continues_and_leaves_out_what_cannot_be_had(
     evaluated, photos, tmp_path, monkeypatch, capsys
 ):
@@ -408,6 +416,7 @@ def test_transfer_continues_and_leaves_out_what_cannot_be_had(
         evaluated("transfer", "--transfer=nonesuch")
 
 
+@pytest.mark.slow
 def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path, capsys):
     call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,8"))
     results = results_of(tmp_path)
@@ -421,6 +430,7 @@ def test_an_unbalanced_run_has_a_balanced_bank_and_rare_scores(photos, tmp_path,
         call(*small_run(photos, tmp_path, "--epochs=1", "--unbalanced=1,1,9"))
 
 
+@pytest.mark.slow
 def test_rare_classes_without_test_images_are_said(photos, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -494,6 +504,7 @@ def test_that_images_are_not_compared_is_said_and_nothing_recorded(photos, capsy
     assert found == {"transfer_x_test_images_in_train": 3}
 
 
+@pytest.mark.slow
 def test_classes_of_any_name_are_scored_drawn_and_exported(photos, tmp_path, capsys, caplog):
     folder = tmp_path / "caf\udce9 \u202e$x$"
     shutil.copytree(photos, folder)
@@ -521,6 +532,7 @@ def test_results_are_about_one_step(tmp_path):
     assert results_of(tmp_path) == {"loss": 0.9, "step": 20}
 
 
+@pytest.mark.slow
 def test_a_method_without_a_queue_has_no_neighbors_and_the_run_goes_on(photos, tmp_path, capsys):
     run = small_run(photos, tmp_path, "--epochs=1", "--method=byol")
     call(*run, "--evaluations=neighbors,curves,fast_linear", "--stages=pretrain,evaluate")

@@ -288,6 +288,7 @@ def test_two_devices_train(noise, tmp_path, two_replicas, monkeypatch, no_export
 # ---------------------------------------------------------------------------- what good weights do
 
 
+@pytest.mark.slow
 def test_good_weights_beat_random_ones_on_few_labels(tmp_path, no_export, monkeypatch):
     """The good ones are planted: of a training with labels, of other images."""
     splits = [photo_patches.make_patches(split) for split in ("train", "test")]

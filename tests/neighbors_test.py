@@ -110,6 +110,7 @@ class QueuedImages(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image[: 10 - i % 2], "label": i}
 
 
+@pytest.mark.slow
 def test_streams_show_their_own_images_and_few_queries(tmp_path):
     """One query is fewer than the records that would replace an unreadable one."""
     with tfds.core.registered.skip_registration():

@@ -155,6 +155,7 @@ def test_pages_of_a_training_say_how_far_it_is(pages_written):
     assert "Neighbours An image" not in said[2] and "Neighbours An image" in said[3]
 
 
+@pytest.mark.slow
 def test_without_labels_there_is_everything_that_needs_none(photos, tmp_path):
     shutil.copytree(photos / "train" / "dark", tmp_path / "images" / "2024")
     settings = ["--queue_size=8", "--epochs=2", "--stages=pretrain,report"]
@@ -166,6 +167,7 @@ def test_without_labels_there_is_everything_that_needs_none(photos, tmp_path):
     assert "12 images of" in text and "Near-duplicates" not in text
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why_and_costs_no_other(workdir, tmp_path, monkeypatch):
     """And a line that a kill has cut off costs that line."""
 

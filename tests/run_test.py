@@ -102,6 +102,7 @@ def test_saved_model_has_the_last_checkpoints_student(finished):
     np.testing.assert_array_equal(kernels, [stored])
 
 
+@pytest.mark.slow
 def test_the_effective_flags_run_the_same_again(finished, tmp_path):
     flag_file = finished / "run.flags"
     call(f"--flagfile={flag_file}", f"--workdir={tmp_path}", "--stages=pretrain")
@@ -215,7 +216,14 @@ def test_mirrored_strategy_trains_on_two_logical_devices_and_exports(photos, tmp
     assert np.isfinite(serve(images=tf.zeros([1, 16, 16, 3], tf.uint8))["features"]).all()
 
 
-@pytest.mark.parametrize("flag_file", FLAG_FILES)
+@pytest.mark.parametrize(
+    "flag_file",
+    [
+        # It alone runs all its stages.
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "quickstart.flags"))
+        for name in FLAG_FILES
+    ],
+)
 def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
     """Its own recipe, at the size of a test: networks, data and length are replaced."""
     unbalanced, whole = "unbalanced" in flag_file, flag_file == "quickstart.flags"
@@ -281,6 +289,7 @@ def test_unlabelled_images_pretrain_and_export(photos, tmp_path, capsys):
     assert "without labels" in output and "Not evaluated" in output and "SavedModel" in output
 
 
+@pytest.mark.slow
 def test_stages_run_on_their_own(finished, photos, tmp_path):
     arguments = small_run(photos, tmp_path, "--epochs=1")
     call(*arguments, "--stages=pretrain")
@@ -376,6 +385,7 @@ def test_other_images_in_the_same_workdir_are_refused(photos, tmp_path):
         call(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["--teacher_temperature=0", "--views=weak-strong", "--encoder=vit"])
 def test_a_corrected_command_may_use_the_same_workdir(bad, photos, tmp_path):
     arguments = small_run(photos, tmp_path, "--stages=pretrain", "--epochs=1")

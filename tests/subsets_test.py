@@ -127,7 +127,7 @@ def test_held_out_rows_are_a_share_of_each_class_and_leave_one():
         subsets.hold_out(np.arange(3), 0.2, 0)
 
 
-@pytest.mark.parametrize("kind", ["arrays", "streams"])
+@pytest.mark.parametrize("kind", ["arrays", pytest.param("streams", marks=pytest.mark.slow)])
 def test_an_unbalanced_draw(kind, streams):
     train, test = streams if kind == "streams" else (numbered(), numbered(30, name="numbered/test"))
     draw = subsets.unbalance(train, test, large=2, rare=3, images=4, seed=0)
