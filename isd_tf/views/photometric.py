@@ -27,7 +27,11 @@ BLUR_RADIUS = 6
 
 def normalize(images: tf.Tensor) -> tf.Tensor:
     """Subtracts ImageNet's channel means and divides by its channel deviations."""
-    return (images - tf.constant(CHANNEL_MEAN)) / tf.constant(CHANNEL_STD)
+    shape = tf.shape(images)
+    # By lines: to spread three values over an image takes TensorFlow five times as long.
+    lines = tf.reshape(images, tf.concat([shape[:-2], [-1]], 0))
+    mean, deviation = (tf.tile(x, shape[-2:-1]) for x in (CHANNEL_MEAN, CHANNEL_STD))
+    return tf.reshape((lines - mean) / deviation, shape)
 
 
 def denormalize(views: np.ndarray) -> np.ndarray:
