@@ -20,6 +20,8 @@ flags.DEFINE_string("out", "compare.html", "The page to write.")
 NOT_COMPARED = "workdir stages data_dir tfds_data_dir compare_with log_every_steps".split()
 SEEDS = ("seed", "unbalanced_seed")
 # Figures that only say how fast this machine was.
+# What is compared beside the flags: digests of what they name.
+IMAGES, TEACHER = "images (digest)", "teacher (digest)"
 NOT_SCORES = ("step", "learning_rate", "pretrain_seconds_since_start")
 workdirs_ = []
 
@@ -61,7 +63,9 @@ class Compared(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        others = set(settings.NOT_RECIPE) - {"unbalanced"} | set(SEEDS)
+        others = set(settings.NOT_RECIPE) - {"unbalanced", "test_split"} | set(SEEDS)
+        if "unbalanced" in self.recipe:
+            others.add(IMAGES)  # Each seed draws its own.
         return tuple(sorted((k, v) for k, v in self.recipe.items() if k not in others))
 
 
@@ -84,14 +88,25 @@ def read(workdir: pathlib.Path) -> Compared:
         )
     about = workdirs.about(workdir)
     flags_ = [line.removeprefix("--").partition("=") for line in about["recipe"]]
-    recipe = {name: value for name, _, value in flags_ if name not in NOT_COMPARED}
-    scores = {
+    recipe = dict(_value(*flag) for flag in flags_)
+    recipe = {name: value for name, value in recipe.items() if name not in NOT_COMPARED}
+    for name, file in ((IMAGES, "data"), (TEACHER, "teacher")):
+        if file in about:
+            recipe[name] = str(about[file]["digest"])
+    found = metrics.read(workdir / workdirs.METRICS)
+    scores = found.newest_accuracies() | {
         name: float(value)
         for name, value in about.get("scores", {}).items()
         if isinstance(value, int | float) and name not in NOT_SCORES
     }
-    found = metrics.read(workdir / workdirs.METRICS)
     return Compared(shown(str(workdir)), recipe, scores, found)
+
+
+def _value(name, equals, value):
+    """Name and value of a line of a flag file; a switch is --compile or --nocompile."""
+    if equals:
+        return name, value
+    return (name[2:], "false") if name.startswith("no") else (name, "true")
 
 
 def write(runs: list[Compared], path: pathlib.Path) -> None:
@@ -121,7 +136,11 @@ def headline(groups):
         if values:
             more = f" and {len(group) - 1} more seeds" * (len(group) > 1)
             said.append(f"{group[0].name}{more}: {np.mean(values):.1%}")
-    return f"1-NN of the students: {'; '.join(said)}." if said else "None of the runs is scored."
+    without = [run.name for group in groups for run in group if "student_1nn" not in run.scores]
+    if not said:
+        return "None of the runs is scored."
+    text = f"1-NN of the students: {'; '.join(said)}."
+    return text + f" Not scored: {', '.join(without)}." * bool(without)
 
 
 def curves(runs):

@@ -132,17 +132,33 @@ def similarities(images: int, model: Student) -> int:
 
 def disk(model: Student, steps_per_epoch: int) -> list[str]:
     """What the checkpoints take."""
-    each = nbytes([*model.variables, *model.optimizer.variables])
-    forever = FLAGS.epochs // FLAGS.keep_every_epochs if FLAGS.keep_every_epochs else 0
-    # The new one is written before an old one goes.
-    most = (FLAGS.keep_checkpoints + 1 + forever) * each
-    written = FLAGS.epochs
-    if FLAGS.checkpoint_every_steps:
-        written += FLAGS.epochs * ((steps_per_epoch - 1) // FLAGS.checkpoint_every_steps)
-    text = f"checkpoints of {size(each)}, at most {size(most)} at a time"
+    each, forever = nbytes([*model.variables, *model.optimizer.variables]), kept_for_good()
+    text = f"checkpoints of {size(each)}, at most {size(most_of_disk(model))} at a time"
     text += f" ({forever} of them for good)" if forever else ""
+    written = saves(FLAGS.epochs * steps_per_epoch, steps_per_epoch)
+    written -= saves(_taken(), steps_per_epoch)
     text += f"; {written} are written, {size(written * each)} in all; {size(free_disk())} are free"
     return [text]
+
+
+def kept_for_good() -> int:
+    """How many checkpoints of the whole training are never removed."""
+    return FLAGS.epochs // FLAGS.keep_every_epochs if FLAGS.keep_every_epochs else 0
+
+
+def most_of_disk(model: Student) -> int:
+    """Bytes that all checkpoints take at most."""
+    each = nbytes([*model.variables, *model.optimizer.variables])
+    # The new one is written before an old one goes.
+    return (FLAGS.keep_checkpoints + 1 + kept_for_good()) * each
+
+
+def saves(steps: int, steps_per_epoch: int) -> int:
+    """How often so many steps are saved: at the ends of epochs, and every few steps."""
+    saved = steps // steps_per_epoch
+    if every := FLAGS.checkpoint_every_steps:
+        saved += steps // every - steps // math.lcm(every, steps_per_epoch)
+    return saved
 
 
 def free_disk() -> int:
@@ -181,8 +197,7 @@ def warnings(model: Student, data: evaluations.Data) -> list[str]:
         found.append(f"{left_out} of {images} images have no place in an epoch's whole batches.")
     if FLAGS.knn_every_epochs and (reason := evaluations.reason_not_to_score(data)):
         found.append(f"Nothing is scored by kNN: {reason}")
-    needed = nbytes([*model.variables, *model.optimizer.variables]) * (FLAGS.keep_checkpoints + 1)
-    if needed > free_disk():
+    if (needed := most_of_disk(model)) > free_disk():
         found.append(
             f"The disk does not suffice: {size(needed)} of checkpoints, {size(free_disk())} free. "
             "Lower --keep_checkpoints, or use a --workdir elsewhere."

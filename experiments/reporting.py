@@ -28,7 +28,7 @@ from settings import FLAGS
 
 from isd_tf.data import originals, subsets
 from isd_tf.data.batches import numbered_views
-from isd_tf.data.datasets import Dataset, RecordDataset
+from isd_tf.data.datasets import Dataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import Unreadable
 from isd_tf.data.folders import shown
 from isd_tf.data.pixels import UnreadableImage
@@ -55,6 +55,7 @@ LARGEST_CONFUSION, CONFUSED_PAIRS = 24, 30
 # Two images look the same that differ, made small, by so much of 255 (root mean square). Another
 # JPEG of the same photograph differs by 1 to 3.
 COMPARED_SIDE, SAME_LOOK = 32, 6.0
+SAME_FEATURES = 1e-6  # Spread of unit rows up to which they are all the same.
 SIMILAR = 0.9  # Cosine from which images are compared.
 
 
@@ -66,6 +67,7 @@ class Sample(NamedTuple):
     values: np.ndarray  # unit rows [N, C]
     labels: np.ndarray  # int64 [N], -1 where unknown
     rows: np.ndarray  # int64 [N], of `dataset`
+    numbers: np.ndarray  # int64 [N], of the whole dataset
     of: int  # images of the whole dataset
 
     def said(self) -> str:
@@ -143,10 +145,9 @@ class _Page:
         self.student = run.encoder("student")
         self.near_duplicates = None
         newest = self.metrics.epochs[-1] if self.metrics.epochs else {}
-        scored = next((x for x in reversed(self.metrics.epochs) if "student_1nn" in x), {})
         self.step = run.step if finished else newest.get("step", 0)
         results = {k: v for k, v in self.about.get("scores", {}).items() if v is not None}
-        self.scores = {k: v for k, v in scored.items() if k.endswith("nn")} | results
+        self.scores = self.metrics.newest_accuracies() | results
 
     def render(self):
         sections = [
@@ -310,27 +311,35 @@ class _Page:
 
     def sample(self, dataset, count):
         part, total = dataset, len(dataset)
+        drawn = np.arange(min(count, total))
         if total > count:
             # Of a stream the first: drawing from all of it would read all of it.
-            drawn = np.random.RandomState(FLAGS.seed).permutation(total)[:count]
-            rows = np.arange(count) if isinstance(dataset, RecordDataset) else drawn
-            part = subsets.take(dataset, rows, f"{count} of {total}")
+            if not isinstance(dataset, RecordDataset):
+                drawn = some_of(total, count)
+            part = subsets.take(dataset, drawn, f"{count} of {total}")
         found = self.run.features(self.student, part)
         values = features.unit_rows(found.values)
-        return Sample(dataset.name, part, values, found.labels, found.rows, total)
-
-    @functools.cached_property
-    def nearest(self):
-        """Of each image asked: places in `searched`, nearest first, and cosines."""
-        if self.run.data.test is None:
-            rows = np.arange(min(ASKED, len(self.searched.values)))
-            return search.nearest_to_rows(self.searched.values, rows, NEIGHBORS)
-        k = min(NEIGHBORS, len(self.searched.values))
-        return knn.nearest(self.asked.values, self.searched.values, k)
+        return Sample(
+            dataset.name, part, values, found.labels, found.rows, drawn[found.rows], total
+        )
 
     @property
     def querying(self):
         return self.asked if self.run.data.test else self.searched
+
+    @functools.cached_property
+    def asking(self):
+        """Places in `querying` of the images that ask: without a test split, of training images."""
+        count = len(self.querying.labels)
+        return np.arange(count) if self.run.data.test else some_of(count, ASKED)
+
+    @functools.cached_property
+    def nearest(self):
+        """Of each image that asks: places in `searched`, nearest first, and cosines."""
+        if self.run.data.test is None:
+            return search.nearest_to_rows(self.searched.values, self.asking, NEIGHBORS)
+        k = min(NEIGHBORS, len(self.searched.values))
+        return knn.nearest(self.asked.values, self.searched.values, k)
 
     def predictions(self):
         return self.searched.labels[self.nearest[0][:, 0]]
@@ -338,7 +347,7 @@ class _Page:
     def neighbors(self, title):
         found, similarities = self.nearest
         queries, random = self.querying, np.random.RandomState(FLAGS.seed)
-        labels = queries.labels[: len(found)]
+        labels = queries.labels[self.asking]
         if labels.min() >= 0 and self.searched.labels.min() >= 0:
             right = self.predictions() == labels
             kinds = {"The nearest is of another class": ~right, "The nearest is right": right}
@@ -348,7 +357,7 @@ class _Page:
         for heading, chosen in kinds.items():
             places = random.permutation(np.flatnonzero(chosen))[:QUERIES]
             for number, place in enumerate(np.sort(places)):
-                query = self.picture(queries, place, "query")
+                query = self.picture(queries, self.asking[place], "query")
                 others = [
                     self.picture(self.searched, row, f"cosine {cosine:.2f}", against=labels[place])
                     for row, cosine in zip(found[place], similarities[place], strict=True)
@@ -366,7 +375,7 @@ class _Page:
         if against is not None and label >= 0 and against >= 0:
             kind = "right" if label == against else "wrong"
         note = f"{note}\n{name}" if name else note
-        alt = f"{name or 'an image'}, row {sample.rows[place]}"
+        alt = f"{name or 'an image'}, row {sample.numbers[place]}"
         try:
             row = int(sample.rows[place])
             image = originals.open_original(sample.dataset, row, FLAGS.max_pixels)
@@ -401,23 +410,24 @@ class _Page:
             theirs = self.small(self.searched, found[alike, 0], COMPARED_SIDE)
             difference = np.sqrt(np.square(ours.astype(float) - theirs).mean(axis=(1, 2, 3)))
             pairs = alike[difference <= SAME_LOOK]
-        self.near_duplicates = len(pairs), len(found)
+        searched = self.searched
+        self.near_duplicates = len(pairs), len(found), len(searched.values), searched.of
         if not len(pairs):
             return None
         rows = [
             Row([
-                self.picture(self.asked, place, f"test, row {self.asked.rows[place]}"),
+                self.picture(self.asked, place, f"test, row {self.asked.numbers[place]}"),
                 self.picture(
-                    self.searched, found[place, 0],
-                    f"training, row {self.searched.rows[found[place, 0]]}",
+                    searched, found[place, 0],
+                    f"training, row {searched.numbers[found[place, 0]]}",
                 ),
             ])
             for place in pairs[:QUERIES]
         ]  # fmt: skip
         text = (
-            f"{len(pairs)} of {len(found)} test images look the same as the training image nearest "
-            f"to them: at {COMPARED_SIDE} x {COMPARED_SIDE} pixels they differ by at most "
-            f"{SAME_LOOK:g} of 255 (root mean square)."
+            f"{len(pairs)} of {len(found)} test images look the same as the one nearest to them "
+            f"among {searched.said()}: at {COMPARED_SIDE} x {COMPARED_SIDE} pixels they differ by "
+            f"at most {SAME_LOOK:g} of 255 (root mean square). Rows are counted from 0."
         )
         return Section(title, text, rows=rows)
 
@@ -484,12 +494,12 @@ class _Page:
         grid, columns, rows = pages.sprite(self.small(sample, places, TILE))
         tensorboard.write_projector(self.run.workdir / "logs", values, [
             self.class_name(label) or f"row {row}"
-            for label, row in zip(labels, sample.rows[places], strict=True)
+            for label, row in zip(labels, sample.numbers[places], strict=True)
         ], grid, TILE)  # fmt: skip
         dots = [
             Dot(
                 float(x), float(y), colors.get(label, 0), i % columns, i // columns,
-                self.class_name(label) or f"row {sample.rows[place]}",
+                self.class_name(label) or f"row {sample.numbers[place]}",
             )
             for i, (place, label, (x, y)) in enumerate(zip(places, labels, plane, strict=True))
         ]  # fmt: skip
@@ -506,7 +516,7 @@ class _Page:
         )
 
     def confusion(self, title):
-        labels = self.querying.labels[: len(self.nearest[0])]
+        labels = self.querying.labels[self.asking]
         if labels.min() < 0 or self.searched.labels.min() < 0:
             return Section(title, "Left out: the images have no labels.")
         if len(np.unique(self.searched.labels)) == 1:
@@ -563,30 +573,44 @@ class _Page:
         workdir = shlex.quote(str(self.run.workdir))
         flag_file = f"--flagfile={shlex.quote(str(self.run.workdir / 'run.flags'))}"
         run = f"python experiments/run.py {flag_file}"
-        dataset = FLAGS.dataset if FLAGS.dataset != "folder" else "folder --data_dir=PATH"
-        model = f"{workdir}/saved_model/1"
-        return Section(
-            "Commands",
-            "From the repository's root.",
-            commands=[
-                ("Continue, if it was stopped", run),
-                ("Evaluate", f"{run} --stages=evaluate,report --evaluations=knn,fast_linear"),
-                (
-                    "Finetune a classifier",
-                    f"python experiments/finetune.py --encoder={workdir} --dataset={dataset} "
-                    "--workdir=runs/classifier",
-                ),
+        commands = [("Continue, if it was stopped", run)]
+        if not evaluations.reason_not_to_score(self.run.data):
+            evaluate = f"{run} --stages=evaluate,report --evaluations=knn,fast_linear"
+            commands.append(("Evaluate", evaluate))
+        labelled = is_labelled(self.run.data.bank)
+        data = " ".join(
+            shlex.quote(f"--{name}={FLAGS[name].value}")
+            for name in ("dataset", "data_dir", "image_list", "train_split", "test_split")
+            if FLAGS[name].value
+        )
+        commands.append((
+            "Finetune a classifier" + " on labelled images of yours" * (not labelled),
+            f"python experiments/finetune.py --encoder={workdir} "
+            f"{data if labelled else '--dataset=folder --data_dir=PATH'} "
+            "--workdir=runs/classifier",
+        ))  # fmt: skip
+        text = "From the repository's root."
+        if (self.run.workdir / "saved_model").exists():
+            commands += [
                 (
                     "Embed a collection",
-                    f"python experiments/embed.py --images=PATH --model={model} --out=embeddings",
+                    f"python experiments/embed.py --images=PATH --model={workdir}/saved_model "
+                    "--out=embeddings",
                 ),
                 (
                     "Serve (docs/serving.md)",
                     f"docker run -p 8501:8501 -v {shlex.quote(os.path.abspath(self.run.workdir))}"
                     "/saved_model:/models/encoder -e MODEL_NAME=encoder tensorflow/serving",
                 ),
-            ],
-        )
+            ]
+        else:
+            text += " To embed images or to serve, export first: --stages=export,report."
+        return Section("Commands", text, commands=commands)
+
+
+def some_of(total: int, count: int) -> np.ndarray:
+    """Draws so many of `total` rows by the seed, in their order."""
+    return np.sort(np.random.RandomState(FLAGS.seed).permutation(total)[:count])
 
 
 def hardware() -> str:
@@ -614,7 +638,13 @@ def _as_pixels(views):
 
 
 def _plane(values):
-    """Places [N, 2] in [0, 1] of features on a plane, and how they were found."""
+    """Places [N, 2] in [0, 1] of features on a plane, and how they were found.
+
+    Raises:
+        ValueError: for features that are all the same, on which scikit-learn's t-SNE crashes.
+    """
+    if not np.ptp(values, axis=0).max() > SAME_FEATURES:
+        raise ValueError("All images have the same features: a map would show a single point.")
     if len(values) >= 12:
         tsne = sklearn.manifold.TSNE(
             init="pca", perplexity=min(30, (len(values) - 1) / 3), random_state=0

@@ -49,6 +49,7 @@ from isd_tf.data.decoding import REPLACED, Unreadable, explaining  # noqa: E402
 from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
+from isd_tf.report import health  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
 from isd_tf.training import cluster, distribution, initial_weights, metrics, monitoring  # noqa: E402
 from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
@@ -58,8 +59,6 @@ SECONDS_BETWEEN_REPORTS = 10
 DATASET = "dataset.json"  # Of a workdir: which images it was begun with.
 # Where no epoch is scored.
 EPOCHS_BETWEEN_PAGES = 10
-# Unit rows that are all alike have an embedding_std of 0, spread over the sphere of about 1.
-COLLAPSED_STD = 0.01
 METHODS = {
     "isd": isd_tf.ISD,
     "moco_v2": isd_tf.MoCoV2,
@@ -524,7 +523,7 @@ def pretrain(run, first_step):
         ],
         verbose=0,
     )
-    if last_means.get("embedding_std", 1) < COLLAPSED_STD:
+    if last_means.get("embedding_std", 1) < health.COLLAPSED_STD:
         logging.warning(
             "Nothing was learned: all images have nearly the same embedding (embedding_std %.2g, "
             "where about 1 is usual). Are they all alike, black for example? --stages=check looks "

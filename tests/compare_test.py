@@ -47,7 +47,7 @@ def test_two_runs_differ_in_recipe_and_scores(tmp_path):
     one = workdir_of(tmp_path / "one", {"student_1nn": 0.5, "loss": 1.0}, ["--method=isd"])
     two = workdir_of(tmp_path / "<b>", {"student_1nn": 0.75}, ["--method=byol", "--nocompile"])
     page = page_of(tmp_path, one, two)
-    assert table(page, "Recipes")[1:] == [["method", "isd", "byol"], ["nocompile", "-", ""]]
+    assert table(page, "Recipes")[1:] == [["compile", "-", "false"], ["method", "isd", "byol"]]
     assert table(page, "Scores")[0] == ["score", str(one), str(two), "second less first"]
     assert table(page, "Scores")[1:] == [
         ["loss", "1", "-", "-"], ["student_1nn", "0.5", "0.75", "0.25"]
@@ -86,8 +86,32 @@ def test_a_run_without_metrics_or_scores_is_said(tmp_path):
     (two / "metrics.jsonl").unlink()
     (two / "results.json").unlink()
     page = page_of(tmp_path, one, two)
-    assert f"without curves: {two}" in page and "None of the runs is scored" in page
-    assert "They are the same." in page
+    # Of a run that trains still, the last epoch's.
+    assert f"1-NN of the students: {one} and 1 more seeds: 30.0%. Not scored: {two}." in page
+    assert f"without curves: {two}" in page and "They are the same." in page
+    assert "None of the runs is scored" in page_of(tmp_path, two)
+
+
+def test_runs_on_other_images_or_by_other_teachers_are_no_seeds_of_one_recipe(tmp_path):
+    def run_of(name, images, teacher, *recipe):
+        folder = workdir_of(tmp_path / name, {"student_1nn": 0.5}, recipe)
+        (folder / "dataset.json").write_text(json.dumps({"digest": images, "images": 9}))
+        (folder / "teacher.json").write_text(json.dumps({"digest": teacher}))
+        return folder
+
+    alike = run_of("a", "x", "t", "--seed=0"), run_of("b", "x", "t", "--seed=1", "--nocompile")
+    others = run_of("c", "y", "t", "--seed=2"), run_of("d", "x", "u", "--seed=3")
+    split = run_of("e", "x", "t", "--seed=4", "--test_split=other")
+    runs = [compare.read(folder) for folder in (*alike, *others, split)]
+    assert len({run.group for run in runs}) == 4 and runs[0].group == runs[1].group
+    page = page_of(tmp_path, alike[0], *others)
+    assert ["images (digest)", "x", "y", "x"] in table(page, "Recipes")
+    assert ["teacher (digest)", "t", "t", "u"] in table(page, "Recipes")
+    draws = [
+        run_of(f"draw{seed}", f"of {seed}", "t", "--unbalanced=1,1,8", f"--unbalanced_seed={seed}")
+        for seed in (0, 1)
+    ]
+    assert len({compare.read(draw).group for draw in draws}) == 1
 
 
 def test_what_is_no_run_is_refused(tmp_path):

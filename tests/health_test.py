@@ -8,7 +8,7 @@ from isd_tf.training.metrics import Metrics
 
 SOUND = Facts(
     images=10_000, batch_size=100, step=1000, steps=1000, queue_size=1024, teacher_momentum=0.99,
-    unreadable_images=0, test_images_in_train=0, near_duplicates=(0, 500),
+    unreadable_images=0, test_images_in_train=0, near_duplicates=(0, 500, 9000, 10_000),
 )  # fmt: skip
 SCORES = {"student_1nn": 0.8, "teacher_1nn": 0.8, "untrained_1nn": 0.5, "raw_pixels_1nn": 0.4}
 LOG_K = math.log(1024)
@@ -61,7 +61,12 @@ CASES = [
     ({"waiting_share": 0.6}, {}, {}, WARNING, "wait for images", "60% of the time"),
     ({}, {"unreadable_images": 7}, {}, WARNING, "cannot be read", "7 of 10000"),
     ({}, {"test_images_in_train": 3}, {}, WARNING, "are training images too", "3 byte for byte"),
-    ({}, {"near_duplicates": (9, 500)}, {}, WARNING, "nearly the same", "9 of 500"),
+    ({}, {"near_duplicates": (9, 500, 9000, 10_000)}, {}, WARNING, "nearly the same",
+     "9 of 500 test images looked at, among 9000 of 10000"),
+    ({}, {}, {"initial_1nn": 0.95}, BAD, "worse than the weights it began with", "with 95.0%"),
+    ({}, {}, {"initial_1nn": 0.8}, WARNING, "no better than the weights it began", "with 80.0%"),
+    ({"student_entropy": 0.98 * LOG_K}, {"teacher_momentum": None}, {}, BAD,
+     "sees nothing of what its teacher", "log K 6.93"),
     ({}, {}, {"student_1nn": 0.505, "teacher_1nn": 0.5}, WARNING, "no better", "student 50.5%"),
     ({}, {}, {"student_1nn": 0.3, "teacher_1nn": 0.3}, BAD, "worse than without", "student 30.0%"),
     ({"unreadable_lines": 2}, {}, {}, WARNING, "lines of the metrics", "2 lines"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -125,6 +126,20 @@ def test_warnings_that_can_be_known_before(planned):
         "(1 of them for good)",
     ):
         assert text in output
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 6, 10])
+def test_saves_are_those_at_the_ends_of_epochs_and_every_few_steps(every, monkeypatch):
+    monkeypatch.setattr(plan, "FLAGS", types.SimpleNamespace(checkpoint_every_steps=every))
+    for steps in range(40):
+        saved = {s for s in range(1, steps + 1) if s % 6 == 0 or (every and s % every == 0)}
+        assert plan.saves(steps, 6) == len(saved)
+
+
+def test_a_disk_too_small_is_warned_of_with_what_is_kept_for_good(planned, monkeypatch):
+    monkeypatch.setattr(plan, "free_disk", lambda: 600_000)
+    assert "The disk does not suffice" not in planned("--epochs=8")
+    assert "The disk does not suffice" in planned("--epochs=8", "--keep_every_epochs=1")
 
 
 def test_folder_flags_plan_300_images(tmp_path, capsys):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from isd_tf.data import datasets
+from isd_tf.evaluation import features
 from isd_tf.report import pages
 from isd_tf.training import metrics
 
@@ -194,10 +196,13 @@ def test_a_workdir_without_metrics_has_no_curves():
     assert len(page.curves().charts) == 1 and not page.curves().text  # Of less than a logged step.
 
 
+NO_ROWS = None, None
+
+
 def test_one_class_is_not_confused():
     page = object.__new__(reporting._Page)
     page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=True))
-    page.asked = page.searched = reporting.Sample("one", None, None, np.zeros(4, int), None, 4)
+    page.asked = page.searched = reporting.Sample("one", None, None, np.zeros(4, int), *NO_ROWS, 4)
     page.nearest = np.zeros((4, 1), int), None
     assert page.confusion("Confusion").text == "Left out: there is one class."
 
@@ -206,6 +211,40 @@ def test_one_class_is_not_confused():
 def test_few_images_have_a_map_too(count, how):
     plane, said = reporting._plane(np.random.default_rng(0).normal(size=(count, 8)))
     assert plane.shape == (count, 2) and plane.min() == 0 and plane.max() == 1 and how in said
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_features_that_are_all_the_same_have_no_map(value):
+    with pytest.raises(ValueError, match="All images have the same features"):
+        reporting._plane(np.full((64, 16), value))
+
+
+def test_without_a_test_split_images_of_all_classes_ask(monkeypatch):
+    monkeypatch.setattr(reporting, "FLAGS", types.SimpleNamespace(seed=0))
+    monkeypatch.setattr(reporting, "ASKED", 50)
+    page, labels = object.__new__(reporting._Page), np.repeat(np.arange(10), 10)
+    bank = types.SimpleNamespace(class_names=())
+    page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=None, bank=bank))
+    page.searched = reporting.Sample("bank", None, np.eye(10)[labels], labels, *NO_ROWS, 100)
+    counts = np.array(page.confusion("Confusion").confusion.counts)
+    assert counts.sum() == 50 and np.diag(counts).min() > 0 and np.trace(counts) == 50
+
+
+def test_of_a_part_rows_are_those_of_the_whole_dataset(monkeypatch):
+    monkeypatch.setattr(reporting, "FLAGS", types.SimpleNamespace(seed=0))
+    page = object.__new__(reporting._Page)
+    page.student = None
+
+    def found(encoder, part):  # Of each image its first pixel; the third cannot be read.
+        rows = np.delete(np.arange(len(part)), 2)
+        return features.Features(part.images[rows, 0, 0, :1], part.labels[rows], rows)
+
+    page.run = types.SimpleNamespace(features=found)
+    images = np.arange(1, 101, dtype=np.uint8).reshape(100, 1, 1, 1) * np.ones((1, 1, 1, 3), int)
+    whole = datasets.ArrayDataset("whole", images.astype(np.uint8), np.arange(100))
+    sample = page.sample(whole, 30)
+    assert len(sample.numbers) == 29 and len(sample.dataset) == 30 and sample.of == 100
+    np.testing.assert_array_equal(sample.numbers, sample.labels)
 
 
 def test_a_page_that_cannot_be_written_ends_no_training(monkeypatch, caplog, capsys):
@@ -230,8 +269,8 @@ def test_of_many_classes_the_pairs_confused_most_are_shown():
     nearest = np.array([8, 8, 8, 9999, 9999, *range(100, 200)])
     data = types.SimpleNamespace(test=True, bank=types.SimpleNamespace(class_names=()))
     page.run = types.SimpleNamespace(data=data)
-    page.asked = reporting.Sample("few", None, None, labels, None, len(labels))
-    page.searched = reporting.Sample("many", None, nearest, np.arange(10_000), None, 10_000)
+    page.asked = reporting.Sample("few", None, None, labels, *NO_ROWS, len(labels))
+    page.searched = reporting.Sample("many", None, nearest, np.arange(10_000), *NO_ROWS, 10_000)
     page.nearest = nearest[:, np.newaxis], None
     (table,) = page.confusion("Confusion").tables
     assert table.rows == [("class 7", "class 8", 3), ("class 3", "class 9999", 2)]

@@ -18,6 +18,7 @@ SAME_ACCURACY = 0.01
 # Relative change of the loss over a training below which it is called flat.
 FLAT = 0.02
 MUCH_WAITING = 0.25
+BEGINNING = "weights it began with"
 # Times that a teacher must have forgotten all but 1/e of what it began with.
 TEACHER_LIVES = 5
 
@@ -41,7 +42,8 @@ class Facts(NamedTuple):
     teacher_momentum: float | None  # None: the teacher stands still
     unreadable_images: int | None = None
     test_images_in_train: int | None = None  # byte for byte
-    near_duplicates: tuple[int, int] | None = None  # found, and test images asked
+    # Found, test images asked, and among how many of how many training images.
+    near_duplicates: tuple[int, int, int, int] | None = None
 
 
 def examine(metrics: Metrics, facts: Facts, scores: dict[str, float]) -> list[Finding]:
@@ -69,25 +71,31 @@ def _learning(metrics, facts, scores) -> Iterator[Finding]:
     student = scores.get("student_1nn")
     references = {
         text: scores[name]
-        for name, text in (("raw_pixels_1nn", "raw pixels"), ("untrained_1nn", "untrained"))
+        for name, text in (
+            ("raw_pixels_1nn", "raw pixels"),
+            ("untrained_1nn", "untrained"),
+            ("initial_1nn", BEGINNING),
+        )
         if name in scores
     }
     if student is None or not references:
         return
-    best = max(references.values())
+    best = max(references, key=references.get)
+    than = f"the {BEGINNING}" if best == BEGINNING else "without any training"
     evidence = ", ".join(f"{text} {value:.1%}" for text, value in references.items())
     evidence = f"1-NN: student {student:.1%}, {evidence}"
-    if student > best + SAME_ACCURACY:
+    if student > references[best] + SAME_ACCURACY:
         yield Finding(GOOD, "The student has learned to tell classes apart.", evidence)
-    elif student < best - SAME_ACCURACY:
-        yield Finding(
-            BAD, "The student tells classes apart worse than without any training.", evidence
-        )
+    elif student < references[best] - SAME_ACCURACY:
+        yield Finding(BAD, f"The student tells classes apart worse than {than}.", evidence)
     else:
-        yield Finding(WARNING, "The student is no better than without any training.", evidence)
+        yield Finding(WARNING, f"The student is no better than {than}.", evidence)
 
 
 def _collapse(metrics, facts, scores):
+    if facts.teacher_momentum is None:  # Then the embeddings are those of the given teacher.
+        yield from _taught(metrics, facts)
+        return
     std = metrics.last("embedding_std")
     if std is None:
         return
@@ -103,6 +111,24 @@ def _collapse(metrics, facts, scores):
         yield Finding(WARNING, "The embeddings fill little of the sphere.", evidence)
     else:
         yield Finding(GOOD, "The embeddings are spread out, not collapsed.", evidence)
+
+
+def _taught(metrics, facts):
+    """Whether a student of a given teacher sees any anchor nearer than others."""
+    entropy = metrics.last("student_entropy")
+    if entropy is None or (facts.queue_size or 0) < 2:
+        return
+    log_k = math.log(facts.queue_size)
+    evidence = f"student's entropy {entropy:.2f} nats, log K {log_k:.2f}"
+    if entropy > NO_STRUCTURE * log_k:
+        yield Finding(
+            BAD,
+            "The student finds all anchors equally near: it sees nothing of what its teacher "
+            "sees. Try another --learning_rate.",
+            evidence,
+        )
+    else:
+        yield Finding(GOOD, "The student finds some anchors nearer than others.", evidence)
 
 
 def _queue(metrics, facts, scores):
@@ -133,8 +159,8 @@ def _queue(metrics, facts, scores):
     if entropy > NO_STRUCTURE * math.log(size):
         yield Finding(
             BAD,
-            "The queue is dead: the teacher finds all anchors equally near. Lower "
-            "--teacher_temperature, if the embeddings have not collapsed.",
+            "The queue is dead: the teacher finds all anchors equally near. Lower its "
+            "temperature, if the embeddings have not collapsed.",
             evidence,
         )
     else:
@@ -258,16 +284,17 @@ def _images(metrics, facts, scores):
         )
     if facts.near_duplicates is None:
         return
-    found, asked = facts.near_duplicates
+    found, asked, searched, total = facts.near_duplicates
+    among = f"among {searched} of {total} training images"
     if found:
         yield Finding(
             WARNING,
             "Some test images are nearly the same as training images, so that scores are too high.",
-            f"{found} of {asked} test images looked at",
+            f"{found} of {asked} test images looked at, {among}",
         )
     else:
         yield Finding(
             GOOD,
-            "No test image looks the same as a training image.",
-            f"{asked} test images looked at",
+            "No test image looks the same as a training image, as far as was looked.",
+            f"{asked} test images looked at, {among}",
         )

@@ -51,6 +51,11 @@ class Metrics(NamedTuple):
         points = [(line["epoch"], line[name]) for line in lines]
         return tuple(np.array(points, np.float64).reshape(-1, 2).T)
 
+    def newest_accuracies(self) -> dict[str, float]:
+        """The accuracies by kNN of the last epoch that has any."""
+        scored = next((line for line in reversed(self.epochs) if "student_1nn" in line), {})
+        return {k: v for k, v in scored.items() if k.endswith("nn") and _is_number(v)}
+
     def last(self, name: str) -> float | None:
         """The last epoch's value, or None."""
         values = [line.get(name) for line in self.epochs[-1:]]
