@@ -52,7 +52,7 @@ def main():
     def batches():
         return sized_batches(dataset, size, batch)
 
-    views = [batch[1] for batch in batches()]
+    held = list(batches())
 
     def embed_all():
         with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def main():
             collection.finish()
 
     works = {
-        "bare encoder": lambda: [encoder.embed(of_batch).numpy() for of_batch in views],
+        "bare encoder": lambda: [found.numpy() for _, found, *_ in embed.embedded(encoder, held)],
         "reading alone": lambda: [len(batch[0]) for batch in batches()],
         "embedding": embed_all,
     }

@@ -19,8 +19,9 @@ import program
 EXAMPLE = "python experiments/convert.py --source=runs/imagenet --target=encoder.safetensors"
 TARGETS = (".keras", ".weights.h5", ".safetensors", ".pth", ".pt")
 # Of the sources, those that do not say which network they are of.
-WEIGHTS_ALONE = (".weights.h5", ".safetensors", ".pth", ".pt", ".pth.tar")
 PICKLES = (".pth", ".pt", ".pth.tar")
+WEIGHTS_ALONE = (".weights.h5", ".safetensors", *PICKLES)
+SOURCES = (".keras", *WEIGHTS_ALONE)
 
 
 def main() -> None:
@@ -71,6 +72,9 @@ def problem_of(settings: argparse.Namespace) -> str | None:
     if target.exists() and not settings.overwrite:
         return f"The target exists. Received: --target={target}. Pass --overwrite to replace it."
     alone = source.is_file() and source.name.endswith(WEIGHTS_ALONE)
+    if source.is_file() and not source.name.endswith(SOURCES):
+        kinds = ", ".join(SOURCES)
+        return f"--source must be a workdir, or end in one of {kinds}. Received: {source}."
     if alone and settings.encoder is None:
         return f"{source} holds weights alone. Say of which network: --encoder=resnet50."
     if not alone and settings.encoder is not None:

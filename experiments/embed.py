@@ -14,6 +14,7 @@ docs/find.md says more. search.py finds in what was embedded, embed_beam.py uses
 """
 
 import argparse
+import os
 import sys
 import time
 
@@ -55,31 +56,39 @@ def embed(settings: argparse.Namespace) -> None:
     from isd_tf.data import datasets
     from isd_tf.serving import embed
 
-    dataset = datasets.load_collection(settings.images, settings.split, settings.data_dir)
+    # Whoever reads it may do so from another folder.
+    data_dir = settings.data_dir and os.path.abspath(os.path.expanduser(settings.data_dir))
+    source = {"images": settings.images, "split": settings.split, "data_dir": data_dir}
+    dataset = datasets.load_collection(**source)
     say(datasets.describe(dataset))
     encoder = embed.load_encoder(settings.model)
     say(
         f"{encoder.name}: views of {encoder.image_size} x {encoder.image_size} pixels to "
         f"{encoder.dimension} numbers."
     )
-    source = {name: getattr(settings, name) for name in ("images", "split", "data_dir")}
     collection = embed.begin(settings.out, encoder, dataset, source)
     with workdirs.lock(collection.folder, "--out"):
         collection.remove_unfinished()
         workdirs.name_left_out(collection.folder, dataset)
-        if collection.is_complete:
-            say(f"The embeddings in {collection.folder} are complete.")
-            return
         missing = collection.missing
         rest = sum(len(collection.rows_of(number)) for number in missing)
-        if rest < len(dataset):
+        if missing and rest < len(dataset):
             say(f"Continuing {collection.folder}: {len(dataset) - rest} images are done.")
         with Progress(len(dataset), len(dataset) - rest) as progress:
             embed.embed_shards(encoder, dataset, collection, missing, progress)
-        skipped = collection.finish()
+        finish(collection, dataset)
+
+
+def finish(collection, dataset) -> None:
+    """Makes the whole of the shards, where it is not there yet, and says what it is."""
+    if collection.is_complete:
+        say(f"The embeddings in {collection.folder} are complete.")
+        return
+    skipped = collection.finish()
     if skipped:
         say(
             f"{skipped} images cannot be read, and are left out: {collection.folder}/unreadable.csv"
+            " (they are not tried again; once they can be read, use another --out)"
         )
     say(f"Embeddings of {len(dataset) - skipped} images: {collection.folder}")
 

@@ -12,7 +12,7 @@ import argparse
 import os
 
 import program
-from embed import add_flags
+from embed import add_flags, finish
 from program import say
 
 EXAMPLE = "python experiments/embed_beam.py --images=photos --model=runs/x/saved_model --out=out"
@@ -72,14 +72,13 @@ def embed(settings: argparse.Namespace, for_beam: list[str]) -> None:
     dataset, collection = worker.dataset, worker.collection
     with workdirs.lock(collection.folder, "--out"):
         collection.remove_unfinished()
+        workdirs.name_left_out(collection.folder, dataset)
         if collection.missing:
             say(f"{len(collection.missing)} of {collection.shards} shards are to be written.")
             with beam.Pipeline(options=PipelineOptions(for_beam)) as pipeline:
                 numbers = pipeline | beam.Create(collection.missing) | beam.Reshuffle()
                 numbers | beam.ParDo(EmbedShard())
-        if not collection.is_complete:
-            skipped = collection.finish()
-            say(f"Embeddings of {len(dataset) - skipped} images: {collection.folder}")
+        finish(collection, dataset)
 
 
 if __name__ == "__main__":

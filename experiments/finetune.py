@@ -125,7 +125,9 @@ class Run(NamedTuple):
         return evaluation_batches(dataset, self.image_size, features.BATCH, counter)
 
     def features(self, encoder: keras.Model, dataset: Dataset) -> features.Features:
-        return features.extract(encoder, dataset, self.image_size, self.counter(dataset))
+        # Kept, so that whoever is stopped while they are computed need not begin anew.
+        cache, counter = self.workdir / "features", self.counter(dataset)
+        return features.extract(encoder, dataset, self.image_size, counter, cache)
 
 
 # ---------------------------------------------------------------------------------- chapters
@@ -273,7 +275,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
         "images": len(data.fit) + len(data.held_out),
         "digests": [isd_tf.datasets.fingerprint(part) for part in (data.fit, data.held_out)],
     }
-    if checkpoints.exist:
+    # Without an epoch of the whole network there are results, and no checkpoint.
+    if checkpoints.exist or (workdir / "results.json").exists():
         flagfiles.require_same(workdir / FLAG_FILE, finetune_settings.recipe())
         if record.exists() and workdirs.read_json(record) != now:
             raise ValueError(
@@ -285,6 +288,10 @@ def begin_or_continue(workdir, checkpoints, data, initial):
     workdirs.write_json(record, now)
     if initial:
         workdirs.write_json(workdir / "initial_weights.json", initial)
+
+
+# Of linear.json: what does not depend on the test images.
+OF_TRAINING = ("weight_decay", "held_out_accuracy", "held_out_loss")
 
 
 def fit_head(run, model):
@@ -300,6 +307,7 @@ def fit_head(run, model):
     )
     linear = {"weight_decay": decay, "held_out_accuracy": accuracy, "held_out_loss": loss}
     if run.data.test:
+        linear["test_images"] = isd_tf.datasets.fingerprint(run.data.test)
         linear |= scores(*finetuning.logits_function(model)(run.batches(run.data.test)))
     workdirs.write_json(run.workdir / "linear.json", linear)
 
@@ -361,6 +369,10 @@ def score(run, model):
     asked = data.test or data.held_out
     logits, labels = finetuning.logits_function(model)(run.batches(asked))
     linear = workdirs.read_json(workdir / "linear.json")
+    asked_then = linear.pop("test_images", None)
+    if asked_then != (isd_tf.datasets.fingerprint(data.test) if data.test else None):
+        say("The linear classifier was scored on other test images, or on none: left out.")
+        linear = {name: value for name, value in linear.items() if name in OF_TRAINING}
     matrix = confusion.confusion_matrix(labels, logits.argmax(axis=1), len(data.class_names))
     confusion.write_confusion_csv(matrix, data.class_names, workdir / "confusion.csv")
     confusion.write_per_class_csv(matrix, data.class_names, workdir / "per_class.csv")
@@ -374,7 +386,8 @@ def score(run, model):
     } | {f"linear_{name}": value for name, value in linear.items()}
     if data.test:
         results |= evaluations.shared_images("", [data.fit], data.test) | scores(logits, labels)
-        rows = {"frozen, linear": linear, "finetuned": results}
+        rows = {"frozen, linear": linear} if "top1" in linear else {}
+        rows["finetuned"] = results
         say(f"\nOn the {len(labels)} images of {asked.name}:")
         columns = [name for name in ("top1", "top5", "mean_per_class") if name in results]
         say(" " * 20 + "".join(f"{name.replace('_', ' '):>16}" for name in columns))

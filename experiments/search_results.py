@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import program  # noqa: F401 - so that isd_tf is found
+import program
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -105,8 +105,8 @@ def _card(picture):
     name, short = shown(picture.name), shown(os.path.basename(picture.name))
     try:
         image = _open(picture)
-    except pixels.UnreadableImage as error:
-        return short, pages.Picture("", 0, 0, name, picture.note), str(error)
+    except Exception as error:  # Whatever has become of the images, the table is right.
+        return short, pages.Picture("", 0, 0, name, picture.note), program.sentence(error)
     return short, pages.picture(image, name, picture.note, side=THUMBNAIL), ""
 
 

@@ -294,7 +294,8 @@ def main() -> None:
     for name in ("batch", "timeout"):
         if not getattr(settings, name) > 0:
             parser.error(f"--{name} must be above 0. Received: {getattr(settings, name)}.")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Of `| head`.
+    if hasattr(signal, "SIGPIPE"):  # Of `| head`; Windows has none.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         write_answers(settings)
     except (ServingError, ValueError, OSError) as error:
@@ -304,19 +305,36 @@ def main() -> None:
 def write_answers(settings: argparse.Namespace) -> None:
     """Asks for the files and prints or keeps the answers; names what could not be read."""
     server = connect(settings.server, settings.model, settings.timeout)
-    answers = []
-    for answer in answers_of(server, settings.images, settings.signature, settings.batch):
-        answers.append(answer)
-        if not settings.out:
-            begin = (len(answers) - 1) * settings.batch
-            _print_lines(settings.images[begin:], answer)
-    outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+    found = answers_of(server, settings.images, settings.signature, settings.batch)
     if settings.out:
-        with open(settings.out, "wb") as file:
-            np.savez(file, paths=np.array(settings.images), **outputs)
-    valid = outputs.get("valid", np.ones(len(settings.images), bool))
-    for path in np.array(settings.images)[~valid]:
+        unreadable = _write(found, settings)
+    else:
+        unreadable = []
+        for number, answer in enumerate(found):
+            paths = settings.images[number * settings.batch :]
+            _print_lines(paths, answer)
+            unreadable += _unreadable(paths, answer)
+    for path in unreadable:
         print(f"client.py: the server cannot read {path}", file=sys.stderr)
+
+
+def _write(found, settings):
+    unfinished = f"{settings.out}.unfinished"
+    # Opened first: hours of answers are not lost for a folder that is not there.
+    with open(unfinished, "wb") as file:
+        try:
+            answers = list(found)
+        except BaseException:
+            os.remove(unfinished)
+            raise
+        outputs = {name: np.concatenate([each[name] for each in answers]) for name in answers[0]}
+        np.savez(file, paths=np.array(settings.images), **outputs)
+    os.replace(unfinished, settings.out)
+    return _unreadable(settings.images, outputs)
+
+
+def _unreadable(paths, answer):
+    return [path for path, valid in zip(paths, answer.get("valid", ()), strict=False) if not valid]
 
 
 def _print_lines(paths, answer):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from isd_tf.data.folders import shown
 
 ABOUT, SHARDS, ARRAY = "embeddings.json", "shards", "embeddings.npy"
+KNOWN = {"images", "model", "count", "dimension", "shard_images"}  # In ABOUT.
 PATHS, UNREADABLE = "paths.txt", "unreadable.csv"
 # Images of a shard: what is lost at most, beside the one that is being written, by a kill.
 SHARD_IMAGES = 4096
@@ -103,7 +104,6 @@ class Collection:
                 )
             with appearing_whole(folder / ABOUT) as unfinished:
                 unfinished.write_text(json.dumps(about, indent=2) + "\n")
-        (folder / SHARDS).mkdir(exist_ok=True)
         begun = cls._read(folder)
         for key, what in (("model", "by another model"), ("images", "of other images")):
             if begun.about[key]["sha256"] != about[key]["sha256"]:
@@ -111,6 +111,7 @@ class Collection:
                     f"{shown(str(folder))} holds embeddings {what}: {_told(begun.about[key])}. "
                     f"Received: {_told(about[key])}. Use another --out."
                 )
+        (folder / SHARDS).mkdir(exist_ok=True)
         return begun
 
     @classmethod
@@ -137,9 +138,15 @@ class Collection:
     @classmethod
     def _read(cls, folder):
         try:
-            return cls(folder, json.loads((folder / ABOUT).read_text()))
+            about = json.loads((folder / ABOUT).read_text())
         except ValueError as error:
             raise ValueError(f"{folder / ABOUT} is damaged: {error}.") from None
+        if not isinstance(about, dict) or not KNOWN <= about.keys():
+            raise FileExistsError(
+                f"Expected an {ABOUT} that embed.py has written. Received: another program's, in "
+                f"{shown(str(folder))}. Use another folder."
+            )
+        return cls(folder, about)
 
     @property
     def shards(self) -> int:
@@ -205,9 +212,12 @@ class Collection:
             with open(unfinished, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("row", "path", "reason"), *skipped])
         if not count:
+            for path in paths:
+                path.unlink()
             raise ValueError(
                 f"None of the {self.about['count']} images of {self.about['images']['name']} can "
-                f"be read. {self.folder / UNREADABLE} says of each why."
+                f"be read. {self.folder / UNREADABLE} says of each why. Once they can, the same "
+                "call reads them."
             )
         with appearing_whole(self.folder / PATHS) as unfinished:
             with open(unfinished, "w", encoding="utf-8", newline="") as file:

@@ -1,11 +1,13 @@
 """Embeds a collection by a SavedModel: reads, encodes and writes at the same time."""
 
+import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -158,24 +160,50 @@ def embed_shards(
     unreadable = _Noted(len(dataset), encoder.max_pixels)
     part = dataset if len(rows) == len(dataset) else subsets.take(dataset, rows, "the rest")
     batch = batch_size(encoder.image_size, collection.about["shard_images"])
-    batches = iter(sized_batches(part, encoder.image_size, batch, unreadable))
+    batches = sized_batches(part, encoder.image_size, batch, unreadable)
     done, skipped = 0, 0
     # One shard is written while the next one is embedded.
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+        contextlib.closing(embedded(encoder, batches)) as found,
+    ):
         writing = None
         for number in numbers:
             end, parts = done + len(collection.rows_of(number)), []
             while done < end:
-                places, views, labels, sizes = next(batches)
+                places, *values = next(found)
                 begun, done = done, min(done + batch, end)
                 skipped += done - begun - len(places)
                 if len(places):
-                    parts.append((places, encoder.embed(views), sizes, labels))
+                    parts.append((places, *values))
                 progress(done, skipped)
             if writing:
                 writing.result()
             writing = writer.submit(_write, collection, number, dataset, rows, parts, unreadable)
         writing.result()
+
+
+def embedded(encoder: SavedEncoder, batches: Iterable) -> Iterator[tuple]:
+    """Embeds batches of `sized_batches`, in their order.
+
+    Two are encoded at a time: while threads of one wait for its slowest, the other has work.
+
+    Returns:
+        Of each batch places [b], embeddings (of no images: None), sizes and labels.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        under_way = collections.deque()
+        for places, views, labels, sizes in batches:
+            embedding = pool.submit(encoder.embed, views) if len(places) else None
+            under_way.append((places, embedding, sizes, labels))
+            if len(under_way) > 1:
+                yield _finished(*under_way.popleft())
+        for batch in under_way:
+            yield _finished(*batch)
+
+
+def _finished(places, embedding, *values):
+    return places, embedding and embedding.result(), *values
 
 
 def batch_size(image_size: int, shard_images: int) -> int:
