@@ -139,6 +139,14 @@ def test_the_command_writes_arrays(ports, encoder, photos, tmp_path):
     np.testing.assert_allclose(kept["features"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_where_the_answers_cannot_be_kept_nothing_is_asked(ports, photos, tmp_path):
+    server = f"--server=http://localhost:{ports['rest']}"
+    result = run(server, f"--out={tmp_path}/gone/photos.npz", *photos)
+    assert result.returncode == 1 and "gone/photos.npz" in result.stderr
+    result = run(server, f"--out={tmp_path}/photos.npz", "--signature=no", *photos)
+    assert result.returncode == 1 and not list(tmp_path.iterdir())
+
+
 REFUSED = [
     (
         "serving_bytes_strict",

@@ -72,6 +72,7 @@ def test_an_existing_target_is_replaced_only_when_asked(workdir, tmp_path, monke
     [
         (["--source=gone", "--target=a.keras"], "No such source"),
         (["--source={tmp}", "--target=a.onnx"], "must end in one of .keras"),
+        (["--source={tmp}/a.h5", "--target={tmp}/b.keras"], "end in one of .keras, .weights.h5"),
         (["--source={tmp}/a.safetensors", "--target={tmp}/a.keras"], "weights alone.*--encoder"),
         (["--source={tmp}", "--target={tmp}/a.keras"], "no run.flags"),
         (["--source={tmp}", "--target={tmp}/a.keras", "--encoder=resnet18"], "Leave --encoder out"),
@@ -82,7 +83,8 @@ def test_an_existing_target_is_replaced_only_when_asked(workdir, tmp_path, monke
 def test_bad_input_is_a_sentence_and_nothing_written(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "a.safetensors").write_bytes(b"")
+    for name in ("a.safetensors", "a.h5"):
+        (tmp_path / name).write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         run(monkeypatch, *(text.format(tmp=tmp_path) for text in arguments))

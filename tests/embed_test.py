@@ -244,6 +244,16 @@ def test_other_content_images_or_models_are_refused(photos, model, run, refused,
         assert "Another process is at work" in refused(photos / "cat", model[0], out)
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", '{"rows": 7}', "{"])
+def test_another_programs_embeddings_are_refused_and_left_alone(
+    content, photos, model, refused, tmp_path
+):
+    (tmp_path / "embeddings.json").write_text(content)
+    said = refused(photos / "cat", model[0], tmp_path)
+    assert "embeddings.json is damaged" in said or "Received: another program's" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["embeddings.json"]
+
+
 def test_many_that_cannot_be_read_are_a_line_and_a_list(model, run, tmp_path):
     folder, out = tmp_path / "broken", tmp_path / "out"
     small.write_image(folder, "good.png", IMAGES[0])
@@ -266,6 +276,7 @@ def test_where_nothing_can_be_read_the_list_says_why(tmp_path):
         collection.write_shard(number, collections.Shard([], *nothing, [], skipped))
     with pytest.raises(ValueError, match="None of the 5000 images of x can be read"):
         collection.finish()
+    assert collection.missing == [0, 1]  # Once they can be read, the same call reads them.
     assert (tmp_path / "unreadable.csv").read_text().splitlines()[-1] == "4999,4999.jpg,empty"
     assert not collection.is_complete
 

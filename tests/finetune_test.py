@@ -252,6 +252,23 @@ def test_the_encoder_stays_as_it_is_without_epochs(pretrained, photos, tmp_path,
     results = results_of(tmp_path)
     assert results["best_epoch"] == 0 and results["top1"] == results["linear_top1"]
     assert results["held_out_accuracy"] == results["linear_held_out_accuracy"]
+    # There is no checkpoint, but there are results: of this recipe.
+    with pytest.raises(ValueError, match="another recipe: --batch_size=4 then, --batch_size=2 now"):
+        call(*arguments, "--batch_size=2", f"--encoder={workdir}", f"--workdir={tmp_path}")
+
+
+def test_a_linear_score_of_other_test_images_is_left_out(photos, tmp_path, no_export, capsys):
+    shutil.copytree(photos / "train", tmp_path / "photos" / "train")
+    arguments = (*SMALL, f"--data_dir={tmp_path / 'photos'}", f"--workdir={tmp_path / 'run'}")
+    call(*arguments)
+    shutil.copytree(photos / "val", tmp_path / "photos" / "val")
+    capsys.readouterr()
+    call(*arguments)
+    output, results = capsys.readouterr().out, results_of(tmp_path / "run")
+    assert "scored on other test images, or on none: left out" in output
+    assert "frozen, linear" not in output and "finetuned" in output
+    assert 0 <= results["top1"] <= 1 and "linear_top1" not in results
+    assert 0 <= results["linear_held_out_accuracy"] <= 1
 
 
 def test_a_list_has_no_test_images_and_is_scored_on_those_held_out(

@@ -4,6 +4,7 @@ import html
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -95,7 +96,7 @@ def test_names_are_text_everywhere(page):
 def test_the_copied_test_image_is_found_and_shown(page):
     text = text_of(page)
     assert "Some test images are training images too" in text and "1 byte for byte" in text
-    assert "1 of 8 test images look the same as the training image nearest to them" in text
+    assert "1 of 8 test images look the same as the one nearest to them among 24 images of" in text
 
 
 def test_every_score_and_flag_is_in_a_table(workdir, page):
@@ -105,8 +106,9 @@ def test_every_score_and_flag_is_in_a_table(workdir, page):
     assert "tiny_resnet" in text and "learning_rate" in text and "tensorflow" in text
     for command in (
         "experiments/run.py --flagfile=",
-        "finetune.py --encoder=",
-        "embed.py --images",
+        f"finetune.py --encoder={shlex.quote(str(workdir))} --dataset=folder '--data_dir=",
+        "--evaluations=knn,fast_linear",
+        "To embed images or to serve, export first",
     ):
         assert command in text
 
@@ -167,6 +169,9 @@ def test_without_labels_there_is_everything_that_needs_none(photos, tmp_path):
     assert "Confusion Left out: the images have no labels." in text
     assert text.count("Left out") == 1 and "Neighbours An image, and those nearest" in text
     assert "12 images of" in text and "Near-duplicates" not in text
+    # Commands that would fail for this run are not offered.
+    assert "--evaluations=knn,fast_linear" not in text and "embed.py" not in text
+    assert "export first" in text and "labelled images of yours" in text
 
 
 @pytest.mark.slow
@@ -225,7 +230,9 @@ def test_without_a_test_split_images_of_all_classes_ask(monkeypatch):
     page, labels = object.__new__(reporting._Page), np.repeat(np.arange(10), 10)
     bank = types.SimpleNamespace(class_names=())
     page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=None, bank=bank))
-    page.searched = reporting.Sample("bank", None, np.eye(10)[labels], labels, *NO_ROWS, 100)
+    page.searched = reporting.Sample(
+        "bank", None, np.eye(10, dtype=np.float32)[labels], labels, *NO_ROWS, 100
+    )
     counts = np.array(page.confusion("Confusion").confusion.counts)
     assert counts.sum() == 50 and np.diag(counts).min() > 0 and np.trace(counts) == 50
 
