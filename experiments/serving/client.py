@@ -324,11 +324,11 @@ def _write(found, settings):
     with open(unfinished, "wb") as file:
         try:
             answers = list(found)
+            outputs = {key: np.concatenate([each[key] for each in answers]) for key in answers[0]}
+            np.savez(file, paths=np.array(settings.images), **outputs)
         except BaseException:
             os.remove(unfinished)
             raise
-        outputs = {name: np.concatenate([each[name] for each in answers]) for name in answers[0]}
-        np.savez(file, paths=np.array(settings.images), **outputs)
     os.replace(unfinished, settings.out)
     return _unreadable(settings.images, outputs)
 
