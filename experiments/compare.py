@@ -19,9 +19,9 @@ flags.DEFINE_string("out", "compare.html", "The page to write.")
 # Flags that say where a run is and how it is watched, not what it is.
 NOT_COMPARED = "workdir stages data_dir tfds_data_dir compare_with log_every_steps".split()
 SEEDS = ("seed", "unbalanced_seed")
-# Figures that only say how fast this machine was.
 # What is compared beside the flags: digests of what they name.
 IMAGES, TEACHER = "images (digest)", "teacher (digest)"
+# Figures that only say how fast this machine was.
 NOT_SCORES = ("step", "learning_rate", "pretrain_seconds_since_start")
 workdirs_ = []
 

@@ -99,9 +99,12 @@ def test_the_loss_is_judged_once_the_queue_is_full():
 @pytest.mark.parametrize("student, said", [(0.85, "above"), (0.75, "below")])
 def test_a_given_teacher_is_no_fault_wherever_it_stands(student, said):
     facts = SOUND._replace(teacher_momentum=None)
-    findings = found(facts=facts, scores=SCORES | {"student_1nn": student})
+    # The spread is that of the teacher's embeddings, which says nothing of the student's.
+    changed = metrics_of(embedding_std=1e-4, student_entropy=3.0)
+    findings = found(changed, facts, SCORES | {"student_1nn": student})
     assert {x.level for x in findings} == {GOOD}
-    assert any(f"{said} its teacher" in x.sentence for x in findings)
+    for text in (f"{said} its teacher", "finds some anchors nearer than others"):
+        assert any(text in x.sentence for x in findings)
 
 
 def test_of_what_is_unknown_nothing_is_said():

@@ -169,7 +169,9 @@ def test_every_worker_says_what_it_is_and_the_chief_reports(whole):
     assert "[worker 0] Epoch 8/8" in output and "[worker 1] Epoch" not in output
     results = json.loads((whole / "results.json").read_text())
     assert results["step"] == STEPS and 0 <= results["student_1nn"] <= 1
-    assert "[worker 0] teacher  " in output and "[worker 0] SavedModel of the student" in output
+    # 1-NN and 20-NN of the teacher.
+    assert re.search(r"^\[worker 0\] teacher( +\d+\.\d%){2}$", output, re.MULTILINE)
+    assert "[worker 0] SavedModel of the student" in output
     assert len(list((whole / "logs").iterdir())) == 1
 
 

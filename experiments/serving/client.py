@@ -14,6 +14,7 @@ needs tensorflow-serving-api, and the seconds that TensorFlow takes to be import
 
 import argparse
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -321,15 +322,15 @@ def write_answers(settings: argparse.Namespace) -> None:
 def _write(found, settings):
     unfinished = f"{settings.out}.unfinished"
     # Opened first: hours of answers are not lost for a folder that is not there.
-    with open(unfinished, "wb") as file:
-        try:
+    try:
+        with open(unfinished, "wb") as file:
             answers = list(found)
             outputs = {key: np.concatenate([each[key] for each in answers]) for key in answers[0]}
             np.savez(file, paths=np.array(settings.images), **outputs)
-        except BaseException:
+        os.replace(unfinished, settings.out)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(unfinished)
-            raise
-    os.replace(unfinished, settings.out)
     return _unreadable(settings.images, outputs)
 
 
