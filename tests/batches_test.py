@@ -401,7 +401,8 @@ def test_a_probes_views_are_crops_of_8_percent_on_and_flips():
         [tf.fill([N], tf.constant(5, tf.int64)), 2 * N + tf.range(N, dtype=tf.int64)], 1
     )
     images = tf.constant(IMAGES[labels])
-    boxes = crops.crop_boxes(crops.crop_draws(seeds), images, area=(0.08, 1.0))
-    expected = photometric.random_horizontal_flip(crops.resize_boxes(images, boxes, SIZE), seeds)
+    boxes = crops.crop_boxes(crops.crop_draws(seeds)[:, tf.newaxis], images, areas=[(0.08, 1.0)])
+    (cut,) = crops.resize_boxes(images, boxes, SIZE)
+    expected = photometric.random_horizontal_flip(cut, seeds)
     np.testing.assert_allclose(views, photometric.normalize(expected / 255), atol=1e-5)
     assert np.prod(boxes[:, 2:], axis=1).min() < 0.2 * 16 * 20

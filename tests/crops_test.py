@@ -11,8 +11,8 @@ from isd_tf.views import crops
 
 
 def drawn_boxes(count, height, width):
-    draws = crops.crop_draws(some_seeds(count))
-    return crops.crop_boxes(draws, tf.zeros([1, height, width, 3], tf.uint8))
+    draws = crops.crop_draws(some_seeds(count))[:, tf.newaxis]
+    return crops.crop_boxes(draws, tf.zeros([1, height, width, 3], tf.uint8))[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def drawn_boxes(count, height, width):
 )
 @pytest.mark.parametrize("size", [7, 48, 64])
 def test_crop_equals_pillows_antialiased_resize_but_for_a_level(box, size):
-    ours = crops.resize_boxes(batch(PHOTO), tf.constant([box]), size)[0].numpy().astype(int)
+    ours = crops.resize_boxes(batch(PHOTO), tf.constant([[box]]), size)[0][0].numpy().astype(int)
     top, left, height, width = box
     cut = Image.fromarray(PHOTO).crop((left, top, left + width, top + height))
     theirs = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
@@ -70,10 +70,10 @@ def test_where_no_box_fits_the_largest_centred_one_is_taken(height, width, expec
 
 def test_a_large_image_is_resized_in_parts_to_the_same_bits(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (1, 211, 157, 3), np.uint8)
-    boxes = tf.constant([[3, 5, 200, 149]])
+    boxes = tf.constant([[[3, 5, 200, 149]]])
 
     def both():
-        return crops.resize_boxes(image, boxes, 24), crops.centre_crops(tf.constant(image), 24)
+        return crops.resize_boxes(image, boxes, 24)[0], crops.centre_crops(tf.constant(image), 24)
 
     whole = both()
     for part in (1, 1000, 157 * 50):

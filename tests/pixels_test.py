@@ -504,7 +504,7 @@ def test_one_limit_of_pixels_holds_for_every_format_and_route():
 def test_what_a_graph_would_turn_or_lay_on_white_is_limited_and_the_cure_is_said(monkeypatch):
     monkeypatch.setattr(graph_decoder, "LARGE_PIXELS", 1199)
     graph = tf.function(
-        lambda encoded: graph_decoder._decode(encoded, pixels.MAX_PIXELS, ("PNG",)),
+        lambda encoded: graph_decoder._decode_png(encoded, pixels.MAX_PIXELS),
         input_signature=decode.input_signature,
         autograph=False,
     )

@@ -14,7 +14,7 @@ import tensorflow as tf
 from PIL import ExifTags
 
 from isd_tf.data.pixels import BEGINNING, JPEG_BEGIN, MAX_PIXELS, PNG_BEGIN, WHITE
-from isd_tf.views.crops import in_parts
+from isd_tf.views.crops import in_parts, with_sides_swapped
 
 # What `decode` reads: how the names of such files end, and how they begin.
 GRAPH_FORMATS = {
@@ -52,7 +52,9 @@ def decode(
     Returns:
         uint8 [H, W, 3].
     """
-    return _decoder(max_pixels, formats)(encoded)
+    if tf.executing_eagerly():
+        return _traced(_decode, max_pixels, formats)(encoded)
+    return _decode(encoded, max_pixels, formats)
 
 
 def graph_formats(paths: Sequence[str]) -> tuple[str, ...]:
@@ -75,43 +77,47 @@ def _beginning(path):
 
 
 @functools.cache
-def _decoder(max_pixels, formats):
-    """`decode` as a function that is traced once: there is much of it, and many pipelines."""
+def _traced(function, *settings):
+    """A function of a string scalar, traced once: there is much of it, and many pipelines."""
 
-    def decode_once(encoded):
-        return _decode(encoded, max_pixels, formats)
+    def of_encoded(encoded):
+        return function(encoded, *settings)
 
     signature = [tf.TensorSpec([], tf.string)]
-    return tf.function(decode_once, input_signature=signature, autograph=False)
+    return tf.function(of_encoded, signature, autograph=False).get_concrete_function()
 
 
-def _decode(encoded, max_pixels, formats):
-    def starts(prefix, at=0):
-        return _cut(encoded, at, len(prefix)) == prefix
-
-    def other():
+def _decode(encoded, max_pixels, formats, number=0):
+    """Decodes by the first kind that fits, from one of the formats' kinds on."""
+    kinds = [kind for name in formats for kind in KINDS[name]]
+    if number == len(kinds):
         fail = tf.debugging.Assert(False, [f"Expected one of {', '.join(formats)}."])
         with tf.control_dependencies([fail]):
-            return tf.zeros([0, 0, 3], tf.uint8), tf.constant(1)
+            return tf.zeros([0, 0, 3], tf.uint8)
+    is_kind, decode_kind = kinds[number]
+    # `tf.cond` would become a part of the graph, of which TensorFlow passes through all that an
+    # image does not need: of five formats a third of a millisecond, and half a second at every
+    # start. An `If` runs a function, which is prepared when it is first needed.
+    (image,) = tf.raw_ops.If(
+        cond=is_kind(encoded),
+        input=[encoded],
+        Tout=[tf.uint8],
+        then_branch=_traced(decode_kind, max_pixels),
+        else_branch=_traced(_decode, max_pixels, formats, number + 1),
+    )
+    return tf.ensure_shape(image, [None, None, 3])
 
-    kinds = {
-        "JPEG": (lambda: starts(JPEG_BEGIN), lambda: _decode_jpeg(encoded, max_pixels)),
-        "PNG": (lambda: starts(PNG_BEGIN), lambda: _decode_png(encoded, max_pixels)),
-        "WebP": (lambda: starts(b"WEBP", 8), lambda: _decode_webp(encoded, max_pixels)),
-        "GIF": (lambda: starts(b"GIF8"), lambda: _decode_gif(encoded, max_pixels)),
-        "BMP": (lambda: starts(b"BM"), lambda: _decode_bmp(encoded, max_pixels)),
-    }
-    empty = tf.strings.length(encoded) < 16
-    result = other
-    for condition, branch in [(empty, other), *(kinds[name] for name in formats)][::-1]:
-        result = functools.partial(_choose, condition, branch, result)
-    image, orientation = result()
-    upright = tf.cond(
+
+def _starts(encoded, prefix, at=0):
+    return _cut(encoded, at, len(prefix)) == prefix
+
+
+def _upright(image, orientation):
+    return tf.cond(
         (orientation >= 2) & (orientation <= 8),
         lambda: _turned(image, orientation),
         lambda: image,
     )
-    return tf.ensure_shape(upright, [None, None, 3])
 
 
 def _turned(image, orientation):
@@ -126,17 +132,11 @@ def _turned(image, orientation):
 
 def _transposed(image):
     def transpose(begin, end):
-        # Of uint8, oneDNN complains that it cannot transpose it, in every run's output. Without
-        # the factors TensorFlow would do it before the cast all the same.
-        halves = tf.transpose(tf.cast(image[:, begin:end], tf.float32) * 0.5, [1, 0, 2])
-        return tf.cast(halves * 2.0, tf.uint8)
+        part = tf.cast(image[tf.newaxis, :, begin:end], tf.float32)
+        return tf.cast(with_sides_swapped(part)[0], tf.uint8)
 
     height, width = tf.unstack(tf.shape(image)[:2])
     return in_parts(transpose, width, height, tf.zeros([0, height, 3], tf.uint8), joined=0)
-
-
-def _choose(condition, branch, otherwise):
-    return tf.cond(condition() if callable(condition) else condition, branch, otherwise)
 
 
 def _cut(encoded, at, length):
@@ -179,13 +179,11 @@ def _require_small(image):
     )
 
 
-def _decode_jpeg(encoded, max_pixels):
+def _is_plain_jpeg(encoded):
     # Most have nothing in their head that could turn them. To see that takes a tenth of the time of
     # decoding, the walk through the head's segments as long as decoding.
-    return tf.cond(
-        tf.strings.regex_full_match(encoded, rb"\C*(Exif|http|Adobe)\C*"),
-        lambda: _decode_jpeg_by_segments(encoded, max_pixels),
-        lambda: (_decode_plain_jpeg(encoded, max_pixels), tf.constant(1)),
+    return _starts(encoded, JPEG_BEGIN) & ~tf.strings.regex_full_match(
+        encoded, rb"\C*(Exif|http|Adobe)\C*"
     )
 
 
@@ -239,7 +237,7 @@ def _decode_jpeg_by_segments(encoded, max_pixels):
         (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
     )
     image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
-    return image, _orientation_of(exif, xmp)
+    return _upright(image, _orientation_of(exif, xmp))
 
 
 def _decode_png(encoded, max_pixels):
@@ -273,7 +271,7 @@ def _decode_png(encoded, max_pixels):
             lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
             lambda: tf.io.decode_png(encoded, channels=3),
         )
-    return image, _orientation_of(exif, xmp)
+    return _upright(image, _orientation_of(exif, xmp))
 
 
 def _decode_webp(encoded, max_pixels):
@@ -316,7 +314,7 @@ def _decode_webp(encoded, max_pixels):
         chunk,
         (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
     )
-    return image, _orientation_of(exif, xmp)
+    return _upright(image, _orientation_of(exif, xmp))
 
 
 def _decode_gif(encoded, max_pixels):
@@ -368,7 +366,7 @@ def _decode_gif(encoded, max_pixels):
         pixels = at + 11 + tf.where(frame_flags >= 128, palette_size(frame_flags), 0)
         encoded = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
+    return image
 
 
 ALL_BYTES = [bytes([value]) for value in range(256)]
@@ -390,7 +388,7 @@ def _decode_bmp(encoded, max_pixels):
         _require_size(width, tf.abs(height), max_pixels),
     ):
         image = tf.io.decode_bmp(encoded, channels=0)[..., :3]
-    return tf.ensure_shape(image, [None, None, 3]), tf.constant(1)
+    return image
 
 
 def _number32(encoded, at):
@@ -464,3 +462,16 @@ def _orientation_in_exif(exif):
 
     valid = (little | (mark == b"MM\0*")) & (tf.strings.length(exif) >= 8)
     return tf.cond(valid, first_directory, lambda: tf.constant(0))
+
+
+# Of each format its kinds: how they are known, and how they are decoded.
+KINDS = {
+    "JPEG": (
+        (_is_plain_jpeg, _decode_plain_jpeg),
+        (lambda encoded: _starts(encoded, JPEG_BEGIN), _decode_jpeg_by_segments),
+    ),
+    "PNG": ((lambda encoded: _starts(encoded, PNG_BEGIN), _decode_png),),
+    "WebP": ((lambda encoded: _starts(encoded, b"WEBP", 8), _decode_webp),),
+    "GIF": ((lambda encoded: _starts(encoded, b"GIF8"), _decode_gif),),
+    "BMP": ((lambda encoded: _starts(encoded, b"BM"), _decode_bmp),),
+}

@@ -51,10 +51,8 @@ class RandomCrops(NamedTuple):
         return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
 
     def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
-        return tuple(
-            crops.resize_boxes(images, crops.crop_boxes(of_view, images, area), self.size)
-            for of_view, area in zip(tf.unstack(draws, axis=1), self.areas, strict=True)
-        )
+        boxes = crops.crop_boxes(draws, images, self.areas)
+        return tuple(crops.resize_boxes(images, boxes, self.size))
 
 
 class CentreCrop(NamedTuple):

@@ -7,8 +7,9 @@ threads, or on what else is in a batch. It differs from Pillow's by one level at
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from isd_tf.views.randomness import Stream, between, uniforms
@@ -47,8 +48,8 @@ def random_resized_crop(
     Returns:
         uint8 [B, S, S, 3].
     """
-    boxes = crop_boxes(crop_draws(seeds), images, area, aspect)
-    return resize_boxes(to_levels(images), boxes, size)
+    boxes = crop_boxes(crop_draws(seeds)[:, tf.newaxis], images, [area], aspect)
+    return resize_boxes(to_levels(images), boxes, size)[0]
 
 
 def crop_draws(seeds: tf.Tensor) -> tf.Tensor:
@@ -59,54 +60,59 @@ def crop_draws(seeds: tf.Tensor) -> tf.Tensor:
 def crop_boxes(
     draws: tf.Tensor,
     images: tf.Tensor,
-    area: tuple[float, float] = AREA,
+    areas: Sequence[tuple[float, float]] = (AREA,),
     aspect: tuple[float, float] = ASPECT,
 ) -> tf.Tensor:
-    """Chooses torchvision's random boxes: int32 [B, 4] of (top, left, height, width) in pixels.
+    """Chooses torchvision's random boxes, of each image one for each of V views.
 
-    Ten attempts an image; the first box that fits is taken. Where none fits, the largest centred
-    box of an allowed aspect is.
+    Ten attempts a box; the first that fits is taken. Where none fits, the largest centred box of an
+    allowed aspect is.
 
     Args:
-        draws: [B, 22], of `crop_draws`.
+        draws: [B, V, 22], of `crop_draws`.
         images: [B, H, W, 3].
-        area, aspect: as in `random_resized_crop`.
+        areas: of each view, as `area` in `random_resized_crop`.
+        aspect: as there.
+
+    Returns:
+        int32 [B, V, 4] of (top, left, height, width) in pixels.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
     # In double precision a box does not depend on how a processor rounds.
     draws = tf.cast(draws, tf.float64)
     height, width = tf.unstack(tf.cast(tf.shape(images)[1:3], tf.float64))
-    pixels = height * width * between(draws[:, :ATTEMPTS], *area)
-    ratios = tf.exp(between(draws[:, ATTEMPTS : 2 * ATTEMPTS], *map(math.log, aspect)))
+    low, high = np.transpose(areas)[:, :, np.newaxis]  # Each [V, 1].
+    pixels = height * width * between(draws[..., :ATTEMPTS], low, high)
+    ratios = tf.exp(between(draws[..., ATTEMPTS : 2 * ATTEMPTS], *map(math.log, aspect)))
     widths, heights = tf.round(tf.sqrt(pixels * ratios)), tf.round(tf.sqrt(pixels / ratios))
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
 
-    any_fits, first_fit = tf.reduce_any(fits, axis=1), tf.argmax(tf.cast(fits, tf.int32), axis=1)
+    any_fits, first_fit = tf.reduce_any(fits, axis=2), tf.argmax(tf.cast(fits, tf.int32), axis=2)
     box_height, box_width = (
-        tf.where(any_fits, tf.gather(sides, first_fit, batch_dims=1), largest)
+        tf.where(any_fits, tf.gather(sides, first_fit, batch_dims=2), largest)
         for sides, largest in (
             (heights, tf.minimum(height, tf.round(width / aspect[0]))),
             (widths, tf.minimum(width, tf.round(height * aspect[1]))),
         )
     )
-    top = tf.where(any_fits, draws[:, -2] * (height - box_height + 1), (height - box_height) // 2)
-    left = tf.where(any_fits, draws[:, -1] * (width - box_width + 1), (width - box_width) // 2)
-    return tf.cast(tf.stack([tf.floor(top), tf.floor(left), box_height, box_width], 1), tf.int32)
+    top = tf.where(any_fits, draws[..., -2] * (height - box_height + 1), (height - box_height) // 2)
+    left = tf.where(any_fits, draws[..., -1] * (width - box_width + 1), (width - box_width) // 2)
+    return tf.cast(tf.stack([tf.floor(top), tf.floor(left), box_height, box_width], 2), tf.int32)
 
 
-def resize_boxes(images: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
-    """Cuts one box out of each image and resizes it.
+def resize_boxes(images: tf.Tensor, boxes: tf.Tensor, size: int) -> list[tf.Tensor]:
+    """Cuts V boxes out of each image and resizes them.
 
     Args:
         images: uint8 [B, H, W, 3].
-        boxes: int32 [B, 4] of (top, left, height, width) in pixels.
+        boxes: int32 [B, V, 4] of (top, left, height, width) in pixels.
         size: side S of the result in pixels.
 
     Returns:
-        uint8 [B, S, S, 3].
+        V times uint8 [B, S, S, 3].
     """
-    starts, lengths = boxes[:, :2], boxes[:, 2:]
+    starts, lengths = boxes[..., :2], boxes[..., 2:]
     steps = tf.cast(lengths, tf.float32) / size
     return _resample(images, tf.cast(starts, tf.float32), steps, starts, starts + lengths, size)
 
@@ -133,11 +139,10 @@ def centre_crops(images: tf.Tensor, size: int) -> tf.Tensor:
         # torchvision rounds the longer side down, and half of the margin to even.
         ends = tf.shape(central)[1:3]
         resized = ends * round(size * 256 / 224) // shorter
-        steps = tf.cast(ends / resized, tf.float32)[tf.newaxis]  # [1, 2]
+        steps = tf.cast(ends / resized, tf.float32)
         margins = tf.round(tf.cast(resized - size, tf.float32) / 2)
-        return _resample(
-            central, margins * steps, steps, tf.zeros([1, 2], tf.int32), ends[tf.newaxis], size
-        )
+        places = margins * steps, steps, tf.zeros([2], tf.int32), ends
+        return _resample(central, *(values[tf.newaxis, tf.newaxis] for values in places), size)[0]
 
     crops = tf.cond(tf.reduce_all(sides == size), lambda: images, resize_and_cut)
     return tf.ensure_shape(crops, [None, size, size, 3])
@@ -149,41 +154,38 @@ def to_levels(images: tf.Tensor) -> tf.Tensor:
 
 
 def _resample(images, starts, steps, firsts, ends, size):
-    """Resizes each image [H, W, 3], or all in the same way, along both axes.
+    """Resizes V parts of each image [H, W, 3], or the same of all, along both axes.
 
     Output i of an axis is centred at starts + (i + 1/2) * steps of the input, and made of its
-    pixels from `firsts` up to `ends`; each [B, 2] or [1, 2].
+    pixels from `firsts` up to `ends`; each [B, V, 2] or [1, V, 2].
     """
     single = images.shape[0] == 1
+    origins = tf.zeros_like(firsts)
     if single:  # Then no more than the box is worked on, a part of its rows at a time.
-        sides, (top, left) = tf.shape(images)[1:3], tf.unstack(firsts[0])
-        starts -= tf.cast(firsts, tf.float32)
-        firsts, ends = tf.zeros_like(firsts), ends - firsts
-    (rows, of_rows), (columns, of_columns) = (
-        _blocks(*(values[:, axis] for values in (starts, steps, firsts, ends)), size)
-        for axis in (0, 1)
-    )
+        origins, sides = firsts, tf.unstack(tf.shape(images)[1:3])
+        starts, ends = starts - tf.cast(firsts, tf.float32), ends - firsts
+        firsts = tf.zeros_like(firsts)
+    windows, weights, taps = _blocks(starts, steps, firsts, ends, size)
+    windows += origins[..., tf.newaxis, tf.newaxis]
 
-    # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
-    if single:  # Of the box, what shows: of a centre, often half.
-        rows, columns = rows + top, columns + left
-        (upper, lower), (begin, end) = (
-            _cover(x, side) for x, side in zip((rows, columns), tf.unstack(sides), strict=True)
+    views = []
+    for view, own_taps in enumerate(tf.unstack(taps)):
+        (rows, of_rows), (columns, of_columns) = (
+            (windows[:, view, axis, :, :count], weights[:, view, axis, :, :, :count])
+            for axis, count in enumerate(tf.unstack(own_taps))
         )
-        box = images[:, upper:lower, begin:end]
-        across = in_parts(
-            lambda first, last: _resize_across(
-                box[:, first:last], columns - begin, of_columns, size
-            )[0],
-            lower - upper,
-            end - begin,
-            result=tf.zeros([size, 0, 3], tf.uint8),
-            joined=1,
-        )[tf.newaxis]
-        rows -= upper
-    else:
-        across = _resize_across(images, columns, of_columns, size)
-    return tf.ensure_shape(_resize_across(across, rows, of_rows, size), [None, size, size, 3])
+        # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
+        if single:  # Of the box, what shows: of a centre, often half.
+            upper, lower = _cover(rows, sides[0])
+            begin, end = _cover(columns, sides[1])
+            across = _resize_large_across(
+                images[:, upper:lower, begin:end], columns - begin, of_columns, size
+            )
+            rows -= upper
+        else:
+            across = _resize_across(images, columns, of_columns, size)
+        views.append(_resize_across(across, rows, of_rows, size))
+    return [tf.ensure_shape(view, [None, size, size, 3]) for view in views]
 
 
 def _cover(window, side):
@@ -197,17 +199,34 @@ def _cover(window, side):
 def _resize_across(images, window, weights, size):
     """Resizes [B, H, W, 3] along W, by `_blocks` of it, to uint8 [B, size, H, 3]."""
     count, other, length = tf.unstack(tf.shape(images)[:3])
-    # The scale belongs to the weights. Here it keeps TensorFlow from transposing before the cast,
-    # as uint8, of which oneDNN complains in every run's output.
-    lines = tf.transpose(tf.cast(images, tf.float32) * 2**-WEIGHT_BITS, [0, 2, 1, 3])
+    lines = with_sides_swapped(tf.cast(images, tf.float32))
     _, blocks, _, taps = tf.unstack(tf.shape(weights))
-    window = tf.broadcast_to(window, [count, blocks * taps])
+    window = tf.broadcast_to(tf.reshape(window, [-1, blocks * taps]), [count, blocks * taps])
     weights = tf.broadcast_to(weights, [count, blocks, BLOCK, taps])
     lines = tf.gather(tf.reshape(lines, [count, length, other * 3]), window, batch_dims=1)
     lines = tf.reshape(lines, [count * blocks, taps, other * 3])
     sums = tf.matmul(tf.reshape(weights, [-1, BLOCK, taps]), lines)
-    levels = tf.floor(tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size] + 0.5)
-    return tf.cast(levels, tf.uint8)
+    sums = tf.reshape(sums, [count, blocks * BLOCK, other, 3])[:, :size]
+    return tf.cast(sums + 0.5, tf.uint8)  # Which cuts off what is behind the point.
+
+
+def with_sides_swapped(images: tf.Tensor) -> tf.Tensor:
+    """Transposes float32 [B, H, W, 3] to [B, W, H, 3].
+
+    TensorFlow would do `tf.transpose` on the other side of a cast, as uint8, which takes longer,
+    and of which oneDNN complains in every run's output.
+    """
+    return tf.raw_ops.ConjugateTranspose(x=images, perm=[0, 2, 1, 3])
+
+
+def _resize_large_across(images, window, weights, size):
+    """The same of one image, of whatever size."""
+    return in_parts(
+        lambda first, last: _resize_across(images[:, first:last], window, weights, size)[0],
+        *tf.unstack(tf.shape(images)[1:3]),
+        result=tf.zeros([size, 0, 3], tf.uint8),
+        joined=1,
+    )[tf.newaxis]
 
 
 def in_parts(
@@ -248,28 +267,28 @@ def in_parts(
     return tf.cond(lines <= step, lambda: function(tf.constant(0), lines), one_after_the_other)
 
 
-def _blocks(start, step, first, end, size):
-    """Antialiased bilinear weights along one axis, for blocks of outputs; arguments [B].
+def _blocks(starts, steps, firsts, ends, size):
+    """Antialiased bilinear weights for blocks of outputs; arguments [B, V, 2] as of `_resample`.
 
-    Returns the inputs of each block, int32 [B, blocks * taps], and what they weigh in each of its
-    outputs, float32 [B, blocks, BLOCK, taps], in units of 2^-WEIGHT_BITS.
+    Returns the inputs of each block, int32 [B, V, 2, blocks, T], what they weigh in each of its
+    outputs, float32 [B, V, 2, blocks, BLOCK, T], in units of 2^-WEIGHT_BITS, and how many of the T
+    a view and an axis needs, int32 [V, 2]: the first ones.
     """
-    blocks = -(-size // BLOCK)
-    # Pillow's triangle reaches one output pixel to each side, but never less than an input pixel.
-    reach = tf.maximum(step, 1.0)[:, tf.newaxis, tf.newaxis, tf.newaxis]
-    outputs = tf.range(blocks * BLOCK, dtype=tf.float32) + 0.5
-    centres = start[:, tf.newaxis] + outputs * step[:, tf.newaxis]
-    centres = tf.reshape(centres, [-1, blocks, BLOCK, 1])
-    span = tf.reduce_max((BLOCK - 1) * step + 2 * tf.maximum(step, 1.0))
-    taps = tf.range(tf.math.ceil(span) + 1)
-    inputs = tf.floor(centres[:, :, :1] - reach + 0.5) + taps  # [B, blocks, 1, taps]
-    weights = tf.maximum(1 - tf.abs(inputs + 0.5 - centres) / reach, 0.0)
-    first, end = (
-        tf.cast(x, tf.float32)[:, tf.newaxis, tf.newaxis, tf.newaxis] for x in (first, end)
+    starts, steps, firsts, ends = (
+        tf.cast(values, tf.float32)[..., tf.newaxis, tf.newaxis, tf.newaxis]
+        for values in (starts, steps, firsts, ends)
     )
-    weights = tf.where((inputs >= first) & (inputs < end), weights, 0.0)
+    # Pillow's triangle reaches one output pixel to each side, but never less than an input pixel.
+    reach = tf.maximum(steps, 1.0)
+    spans = tf.reduce_max((BLOCK - 1) * steps + 2 * reach, axis=[0, 3, 4, 5])
+    taps = tf.math.ceil(spans) + 1
+    outputs = np.arange(-(-size // BLOCK) * BLOCK, dtype=np.float32).reshape(-1, BLOCK, 1) + 0.5
+    centres = starts + outputs * steps
+    inputs = tf.floor(centres[..., :1, :] - reach + 0.5) + tf.range(tf.reduce_max(taps))
+    weights = tf.maximum(1 - tf.abs(inputs + 0.5 - centres) / reach, 0.0)
+    weights = tf.where((inputs >= firsts) & (inputs < ends), weights, 0.0)
     # Of outputs beyond the last, which fill its block, nothing may weigh.
-    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=3, keepdims=True))
-    weights = tf.round(weights * 2**WEIGHT_BITS)
-    window = tf.cast(tf.clip_by_value(inputs, first, end - 1), tf.int32)
-    return tf.reshape(window, [-1, blocks * tf.size(taps)]), weights
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=5, keepdims=True))
+    weights = tf.round(weights * 2**WEIGHT_BITS) * 2**-WEIGHT_BITS
+    windows = tf.cast(tf.clip_by_value(inputs, firsts, ends - 1)[..., 0, :], tf.int32)
+    return windows, weights, tf.cast(taps, tf.int32)
