@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test slow load parity benchmark lint bazel lock
+.PHONY: help install quickstart test slow load parity beam benchmark lint bazel lock
 
 # TensorFlow's notes (CPU features, ends of data sets) would bury what a run prints: 2 keeps its
 # errors. What it says at its import nevertheless, experiments/program.py holds back.
@@ -25,9 +25,14 @@ slow: $(VENV)/.installed  ## Run the slow tests: kills, several processes, large
 load: $(VENV)/.installed  ## Send 2000 requests to an exported encoder, some malformed
 	$(VENV)/bin/python -m pytest -s tests/serving_load.py
 
-# PyTorch is no dependency of the package: each comparison has an environment of its own.
-parity: $(VENV)-parity/.installed  ## Compare training steps and weights with PyTorch's
-	$(VENV)-parity/bin/python -m pytest tests/torch_parity_test.py
+# PyTorch and ONNX are no dependencies of the package, and Beam's packages conflict with the lock:
+# what needs them has an environment of its own.
+parity: $(VENV)-parity/.installed  ## Compare steps and weights with PyTorch, exports with ONNX
+	$(VENV)-parity/bin/python -m pytest tests/torch_parity_test.py tests/export_test.py \
+	    tests/search_test.py -k "torch_parity or onnx or usearch"
+
+beam: $(VENV)-beam/.installed  ## Embed a folder by Apache Beam, in two processes
+	$(VENV)-beam/bin/python -m pytest tests/embed_beam_test.py
 
 benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses
 	PYTHONPATH=. $(VENV)/bin/python benchmarks/against_pytorch.py \
@@ -45,7 +50,7 @@ lock: $(VENV)/bin/python  ## Compile requirements_lock.txt from requirements.txt
 	$(VENV)/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --extra test \
 	    --custom-compile-command "make lock" --output-file requirements_lock.txt --quiet pyproject.toml
 
-$(VENV)/bin/python $(VENV)-parity/bin/python $(VENV)-benchmark/bin/python:
+$(VENV)/bin/python $(VENV)-parity/bin/python $(VENV)-beam/bin/python $(VENV)-benchmark/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(1)' || { \
 	    echo "isd_tf needs Python 3.11 or newer. Received: PYTHON=$(PYTHON)," \
 	         "which is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=python3.11" >&2; exit 1; }
@@ -61,7 +66,12 @@ $(VENV)/.installed: requirements_lock.txt | $(VENV)/bin/python
 # This release has CPU wheels on some indices; PyPI's brings CUDA's libraries, and runs as well.
 $(VENV)-parity/.installed: requirements_lock.txt | $(VENV)-parity/bin/python
 	$(VENV)-parity/bin/python -m pip install --require-hashes -r requirements_lock.txt
-	$(VENV)-parity/bin/python -m pip install torch==2.13.0
+	$(VENV)-parity/bin/python -m pip install torch==2.13.0 \
+	    tf2onnx==1.17.0 onnxruntime==1.32.0 usearch==2.26.6
+	touch $@
+
+$(VENV)-beam/.installed: pyproject.toml requirements.txt | $(VENV)-beam/bin/python
+	$(VENV)-beam/bin/python -m pip install '.[beam]' apache-beam==2.77.0 pytest hypothesis
 	touch $@
 
 $(VENV)-benchmark/.installed: benchmarks/requirements.txt | $(VENV)-benchmark/bin/python

@@ -1,6 +1,6 @@
-"""Makes a classifier of a pretrained encoder and some labelled images, scores and exports it.
+"""python experiments/finetune.py --encoder=runs/quickstart --dataset=photo_patches --workdir=a
 
-    python experiments/finetune.py --encoder=runs/quickstart --dataset=photo_patches --workdir=a
+makes a classifier of a pretrained encoder and some labelled images, scores and exports it.
 
 First a linear classifier is fitted to the frozen encoder's features; then the whole network is
 trained at a lower rate, from there on. The epoch that is best on a held-out part of the training

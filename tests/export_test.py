@@ -182,6 +182,24 @@ def test_encode_converts_to_tflite_as_documented(saved_model, tmp_path, monkeypa
         np.testing.assert_allclose(converted[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_encode_converts_to_onnx_as_documented(saved_model, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="make parity has it")
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    (command,) = re.findall("^python (-m tf2onnx.*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    arguments = command.replace("runs/quickstart/saved_model/1", saved_model).split()
+    converted = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert converted.returncode == 0, converted.stderr[-3000:]
+    views = np.random.default_rng(1).normal(size=(3, SIZE, SIZE, 3)).astype(np.float32)
+    session = onnxruntime.InferenceSession("encoder.onnx")
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: views}), strict=True))
+    expected = tf.saved_model.load(saved_model).signatures["encode"](views=views)
+    assert set(found) == {"features", "embedding"}
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "signature, value, reason",
     [

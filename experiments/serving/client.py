@@ -1,6 +1,5 @@
 """Asks a TensorFlow Serving server for the features, embeddings or classes of image files.
 
-    python experiments/serving/client.py --server=http://localhost:8501 photos/*.jpg
     python experiments/serving/client.py --server=grpc://localhost:8500 --out=all.npz photos/*.jpg
     python experiments/serving/client.py --server=http://HOST:8501 --signature=classify cat.jpg
 
@@ -272,7 +271,7 @@ def _from_tensor(array):
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # --help starts with the examples.
+        usage="python experiments/serving/client.py --server=http://localhost:8501 photos/*.jpg",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
