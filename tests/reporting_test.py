@@ -20,6 +20,7 @@ from isd_tf.training import metrics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments"))
 
+import report_images  # noqa: E402
 import reporting  # noqa: E402
 import run  # noqa: E402
 import workdirs  # noqa: E402
@@ -181,7 +182,7 @@ def test_a_part_that_fails_says_why_and_costs_no_other(workdir, tmp_path, monkey
     def fail(*arguments):
         raise ValueError("no room for <clusters>")
 
-    monkeypatch.setattr(reporting.clusters, "cluster", fail)
+    monkeypatch.setattr(report_images.clusters, "cluster", fail)
     copy = shutil.copytree(workdir, tmp_path / "copy")
     lines = (copy / "metrics.jsonl").read_text()
     (copy / "metrics.jsonl").write_text(lines[:-9])
@@ -205,51 +206,53 @@ NO_ROWS = None, None
 
 
 def test_one_class_is_not_confused():
-    page = object.__new__(reporting._Page)
-    page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=True))
-    page.asked = page.searched = reporting.Sample("one", None, None, np.zeros(4, int), *NO_ROWS, 4)
-    page.nearest = np.zeros((4, 1), int), None
-    assert page.confusion("Confusion").text == "Left out: there is one class."
+    seen = object.__new__(report_images.Seen)
+    seen.run = types.SimpleNamespace(data=types.SimpleNamespace(test=True))
+    seen.asked = seen.searched = report_images.Sample(
+        "one", None, None, np.zeros(4, int), *NO_ROWS, 4
+    )
+    seen.nearest = np.zeros((4, 1), int), None
+    assert seen.confusion("Confusion").text == "Left out: there is one class."
 
 
 @pytest.mark.parametrize("count, how", [(3, "main directions"), (5, "main"), (12, "t-SNE")])
 def test_few_images_have_a_map_too(count, how):
-    plane, said = reporting._plane(np.random.default_rng(0).normal(size=(count, 8)))
+    plane, said = report_images._plane(np.random.default_rng(0).normal(size=(count, 8)))
     assert plane.shape == (count, 2) and plane.min() == 0 and plane.max() == 1 and how in said
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_features_that_are_all_the_same_have_no_map(value):
     with pytest.raises(ValueError, match="All images have the same features"):
-        reporting._plane(np.full((64, 16), value))
+        report_images._plane(np.full((64, 16), value))
 
 
 def test_without_a_test_split_images_of_all_classes_ask(monkeypatch):
-    monkeypatch.setattr(reporting, "FLAGS", types.SimpleNamespace(seed=0))
-    monkeypatch.setattr(reporting, "ASKED", 50)
-    page, labels = object.__new__(reporting._Page), np.repeat(np.arange(10), 10)
+    monkeypatch.setattr(report_images, "FLAGS", types.SimpleNamespace(seed=0))
+    monkeypatch.setattr(report_images, "ASKED", 50)
+    seen, labels = object.__new__(report_images.Seen), np.repeat(np.arange(10), 10)
     bank = types.SimpleNamespace(class_names=())
-    page.run = types.SimpleNamespace(data=types.SimpleNamespace(test=None, bank=bank))
-    page.searched = reporting.Sample(
+    seen.run = types.SimpleNamespace(data=types.SimpleNamespace(test=None, bank=bank))
+    seen.searched = report_images.Sample(
         "bank", None, np.eye(10, dtype=np.float32)[labels], labels, *NO_ROWS, 100
     )
-    counts = np.array(page.confusion("Confusion").confusion.counts)
+    counts = np.array(seen.confusion("Confusion").confusion.counts)
     assert counts.sum() == 50 and np.diag(counts).min() > 0 and np.trace(counts) == 50
 
 
 def test_of_a_part_rows_are_those_of_the_whole_dataset(monkeypatch):
-    monkeypatch.setattr(reporting, "FLAGS", types.SimpleNamespace(seed=0))
-    page = object.__new__(reporting._Page)
-    page.student = None
+    monkeypatch.setattr(report_images, "FLAGS", types.SimpleNamespace(seed=0))
+    seen = object.__new__(report_images.Seen)
+    seen.student = None
 
     def found(encoder, part):  # Of each image its first pixel; the third cannot be read.
         rows = np.delete(np.arange(len(part)), 2)
         return features.Features(part.images[rows, 0, 0, :1], part.labels[rows], rows)
 
-    page.run = types.SimpleNamespace(features=found)
+    seen.run = types.SimpleNamespace(features=found)
     images = np.arange(1, 101, dtype=np.uint8).reshape(100, 1, 1, 1) * np.ones((1, 1, 1, 3), int)
     whole = datasets.ArrayDataset("whole", images.astype(np.uint8), np.arange(100))
-    sample = page.sample(whole, 30)
+    sample = seen.sample(whole, 30)
     assert len(sample.numbers) == 29 and len(sample.dataset) == 30 and sample.of == 100
     np.testing.assert_array_equal(sample.numbers, sample.labels)
 
@@ -258,7 +261,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(monkeypatch, caplog, cap
     def fail(*arguments):
         raise OSError(28, "No space left on device", "report.html")
 
-    monkeypatch.setattr(reporting, "views_of", fail)
+    monkeypatch.setattr(report_images, "views_of", fail)
     refresh = reporting.Refresh(None, 24, 1, lambda: False)
     refresh.on_train_begin()
     refresh.on_epoch_end(0)
@@ -271,15 +274,15 @@ def test_a_page_that_cannot_be_written_ends_no_training(monkeypatch, caplog, cap
 
 def test_of_many_classes_the_pairs_confused_most_are_shown():
     """10 000 classes, of which 7 is taken for 8 three times and 3 for 9999 twice."""
-    page = object.__new__(reporting._Page)
+    seen = object.__new__(report_images.Seen)
     labels = np.array([7, 7, 7, 3, 3, *range(100, 200)])
     nearest = np.array([8, 8, 8, 9999, 9999, *range(100, 200)])
     data = types.SimpleNamespace(test=True, bank=types.SimpleNamespace(class_names=()))
-    page.run = types.SimpleNamespace(data=data)
-    page.asked = reporting.Sample("few", None, None, labels, *NO_ROWS, len(labels))
-    page.searched = reporting.Sample("many", None, nearest, np.arange(10_000), *NO_ROWS, 10_000)
-    page.nearest = nearest[:, np.newaxis], None
-    (table,) = page.confusion("Confusion").tables
+    seen.run = types.SimpleNamespace(data=data)
+    seen.asked = report_images.Sample("few", None, None, labels, *NO_ROWS, len(labels))
+    seen.searched = report_images.Sample("many", None, nearest, np.arange(10_000), *NO_ROWS, 10_000)
+    seen.nearest = nearest[:, np.newaxis], None
+    (table,) = seen.confusion("Confusion").tables
     assert table.rows == [("class 7", "class 8", 3), ("class 3", "class 9999", 2)]
 
 
