@@ -5,7 +5,7 @@
 A source is the workdir of a run, or a file: .keras, .weights.h5, .safetensors, .pth or .pt. A
 target is a file of these. PyTorch's hold torchvision's state dict, without a classifier: strict
 loading takes them into a model whose `fc` is torch.nn.Identity(). .pth and .pt need PyTorch: pip
-install 'isd_tf[torch]'. A .keras file of ours is loaded after `import isd_tf`.
+install 'torch>=2.6'. A .keras file of ours is loaded after `import isd_tf`.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def problem_of(settings: argparse.Namespace) -> str | None:
     if pickles and importlib.util.find_spec("torch") is None:
         return (
             f"PyTorch reads and writes {pickles[0]}, and is not installed: pip install "
-            "'isd_tf[torch]'. A .safetensors file needs none."
+            "'torch>=2.6'. A .safetensors file needs none."
         )
     return None
 

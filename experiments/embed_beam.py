@@ -35,7 +35,8 @@ def embed(settings: argparse.Namespace, for_beam: list[str]) -> None:
         import apache_beam as beam
     except ImportError:
         raise ModuleNotFoundError(
-            "This program needs Apache Beam: pip install 'isd_tf[beam]'. embed.py does without."
+            "This program needs Apache Beam: pip install '.[beam]' in the repository's root, into an "
+            "environment of its own. embed.py does without."
         ) from None
     import workdirs
     from apache_beam.options.pipeline_options import PipelineOptions

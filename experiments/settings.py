@@ -109,7 +109,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("image_list", None, "The text file of --dataset=list: one image a line.")
 flags.DEFINE_string("train_split", "train", "TFDS split or subfolder to pretrain on.")
 flags.DEFINE_string(
-    "test_split", None, "TFDS split or subfolder to test on; unset: test, validation or val."
+    "test_split", None, "TFDS split or subfolder to test on; unset: test, validation, val or alike."
 )
 flags.DEFINE_float("max_unreadable", 0.01, "Largest share of the images that may be unreadable.")
 flags.DEFINE_integer(

@@ -188,7 +188,7 @@ def _check_initial_weights():
         )
     if path.endswith(settings.PICKLES) and importlib.util.find_spec("torch") is None:
         raise ValueError(
-            "PyTorch reads .pth and .pt files, and is not installed: pip install 'isd_tf[torch]'. "
+            "PyTorch reads .pth and .pt files, and is not installed: pip install 'torch>=2.6'. "
             f"Received: --initial_weights={path}. A .safetensors file needs none."
         )
 
@@ -219,7 +219,7 @@ def _check_export():
         if importlib.util.find_spec("keras_hub") is None:
             raise ValueError(
                 "--export_format=keras_hub needs KerasHub, which is not installed: pip install "
-                "'isd_tf[hub]'."
+                "'keras-hub==0.32.*'."
             )
     if "torch" in FLAGS.export_format and FLAGS.encoder not in settings.ARCHITECTURES:
         raise ValueError(
@@ -290,7 +290,7 @@ def _check_encoder():
         )
     if kind == "keras_hub" and importlib.util.find_spec("keras_hub") is None:
         raise ValueError(
-            f"--encoder={name} needs KerasHub. Install it by: pip install 'isd_tf[hub]'"
+            f"--encoder={name} needs KerasHub. Install it by: pip install 'keras-hub==0.32.*'"
         )
     if kind not in ("keras", "keras_hub") and not os.path.isfile(name):
         raise FileNotFoundError(f"No such file. Received: --encoder={name}.")

@@ -21,7 +21,7 @@ def test_without_beam_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(SystemExit):
         small.call(embed_beam, "--images=x", "--model=x", "--out=x", monkeypatch=monkeypatch)
-    assert "pip install 'isd_tf[beam]'" in capsys.readouterr().err
+    assert "pip install '.[beam]'" in capsys.readouterr().err
 
 
 def test_two_processes_write_what_one_does(tmp_path):

@@ -185,7 +185,7 @@ def _hub_backbone(preset, images, published):
         import keras_hub
     except ImportError as error:
         raise ImportError(
-            f"{HUB}{preset} needs KerasHub. Install it by: pip install 'isd_tf[hub]'"
+            f"{HUB}{preset} needs KerasHub. Install it by: pip install 'keras-hub==0.32.*'"
         ) from error
     known = keras_hub.models.Backbone.presets
     if not os.path.isdir(preset) and "://" not in preset and preset not in known:

@@ -316,6 +316,6 @@ def _import_torch(path):
     except ImportError as error:
         raise ImportError(
             f"PyTorch reads and writes {path.suffix} files, and is not installed: "
-            f"pip install 'isd_tf[torch]'. Received: {path}. A .safetensors file needs none."
+            f"pip install 'torch>=2.6'. Received: {path}. A .safetensors file needs none."
         ) from error
     return torch

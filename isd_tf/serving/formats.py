@@ -68,7 +68,7 @@ def export_keras_hub(encoder: keras.Model, image_size: int, directory: str | os.
     try:
         import keras_hub
     except ImportError as error:
-        raise ImportError("KerasHub is not installed: pip install 'isd_tf[hub]'.") from error
+        raise ImportError("KerasHub is missing: pip install 'keras-hub==0.32.*'.") from error
     bottleneck, blocks, _, _ = ARCHITECTURES[encoder.name]
     backbone = keras_hub.models.ResNetBackbone(
         input_conv_filters=[width],
