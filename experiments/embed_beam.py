@@ -35,7 +35,7 @@ def embed(settings: argparse.Namespace, for_beam: list[str]) -> None:
         import apache_beam as beam
     except ImportError:
         raise ModuleNotFoundError(
-            "This program needs Apache Beam: pip install '.[beam]' in the repository's root, into an "
+            "This program needs Apache Beam: in the repository pip install '.[beam]', into an "
             "environment of its own. embed.py does without."
         ) from None
     import workdirs
