@@ -27,11 +27,14 @@ load: $(VENV)/.installed  ## Send 2000 requests to an exported encoder, some mal
 
 # PyTorch and ONNX are no dependencies of the package, and Beam's packages conflict with the lock:
 # what needs them has an environment of its own.
+# The tests are skipped where these are not: the first line fails instead.
 parity: $(VENV)-parity/.installed  ## Compare steps and weights with PyTorch, exports with ONNX
+	$(VENV)-parity/bin/python -c "import torch, tf2onnx, onnxruntime, usearch.index"
 	$(VENV)-parity/bin/python -m pytest tests/torch_parity_test.py tests/export_test.py \
 	    tests/search_test.py -k "torch_parity or onnx or usearch"
 
 beam: $(VENV)-beam/.installed  ## Embed a folder by Apache Beam, in two processes
+	$(VENV)-beam/bin/python -c "import apache_beam"
 	$(VENV)-beam/bin/python -m pytest tests/embed_beam_test.py
 
 benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses
@@ -63,15 +66,13 @@ $(VENV)/.installed: requirements_lock.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --require-hashes -r requirements_lock.txt
 	touch $@
 
-# This release has CPU wheels on some indices; PyPI's brings CUDA's libraries, and runs as well.
-$(VENV)-parity/.installed: requirements_lock.txt | $(VENV)-parity/bin/python
+$(VENV)-parity/.installed: requirements_lock.txt tests/parity_requirements.txt | $(VENV)-parity/bin/python
 	$(VENV)-parity/bin/python -m pip install --require-hashes -r requirements_lock.txt
-	$(VENV)-parity/bin/python -m pip install torch==2.13.0 \
-	    tf2onnx==1.17.0 onnxruntime==1.32.0 usearch==2.26.6
+	$(VENV)-parity/bin/python -m pip install -r tests/parity_requirements.txt
 	touch $@
 
-$(VENV)-beam/.installed: pyproject.toml requirements.txt | $(VENV)-beam/bin/python
-	$(VENV)-beam/bin/python -m pip install '.[beam]' apache-beam==2.77.0 pytest hypothesis
+$(VENV)-beam/.installed: requirements.txt tests/beam_requirements.txt | $(VENV)-beam/bin/python
+	$(VENV)-beam/bin/python -m pip install -r requirements.txt -r tests/beam_requirements.txt
 	touch $@
 
 $(VENV)-benchmark/.installed: benchmarks/requirements.txt | $(VENV)-benchmark/bin/python

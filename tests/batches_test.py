@@ -405,4 +405,4 @@ def test_a_probes_views_are_crops_of_8_percent_on_and_flips():
     (cut,) = crops.resize_boxes(images, boxes, SIZE)
     expected = photometric.random_horizontal_flip(cut, seeds)
     np.testing.assert_allclose(views, photometric.normalize(expected / 255), atol=1e-5)
-    assert np.prod(boxes[:, 2:], axis=1).min() < 0.2 * 16 * 20
+    assert np.prod(boxes[:, 0, 2:], axis=1).min() < 0.2 * 16 * 20

@@ -82,6 +82,24 @@ def test_a_large_image_is_resized_in_parts_to_the_same_bits(monkeypatch):
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_boxes_of_an_image_are_cut_as_each_alone(count):
+    """However unlike they are: of each, other pixels weigh."""
+    images = tf.tile(batch(PHOTO), [count, 1, 1, 1])
+    boxes = tf.tile([[(119, 0, 1, 150), (0, 0, 120, 150), (40, 40, 9, 80)]], [count, 1, 1])
+    together = crops.resize_boxes(images, boxes, 24)
+    for view, cut in enumerate(together):
+        (alone,) = crops.resize_boxes(images, boxes[:, view : view + 1], 24)
+        np.testing.assert_array_equal(cut, alone)
+    assert len({cut.numpy().tobytes() for cut in together}) == 3
+
+
+def test_each_view_needs_draws_of_its_own():
+    draws = crops.crop_draws(some_seeds(1))[:, tf.newaxis]
+    with pytest.raises(ValueError, match="draws of its own. Received: .*22.* for"):
+        crops.crop_boxes(draws, batch(PHOTO), [crops.AREA] * 2)
+
+
 def test_a_crop_has_the_same_bits_alone_and_among_others():
     images = tf.constant(np.random.default_rng(0).integers(0, 256, (60, 23, 29, 3), np.uint8))
     cut = tf.function(crops.random_resized_crop, reduce_retracing=True)

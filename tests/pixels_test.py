@@ -418,6 +418,8 @@ def fails(encoded, message, **arguments):
         (b"", "empty"),
         (b"<!DOCTYPE html><html><body>", "not an image: begins with '<!DOCTYPE html><html'..."),
         (b"no", "not an image: begins with 'no'"),
+        *((begin, "cut off") for begin in (pixels.JPEG_BEGIN, pixels.PNG_BEGIN, b"GIF8", b"BM")),
+        (b"RIFF\0\0\0\0WEBP", "cut off"),
         (bytes(100), "not an image: begins with the bytes 00 00 00"),
         (JPEG[:60], "cut off"),
         (JPEG[: len(JPEG) // 2], "cut off"),

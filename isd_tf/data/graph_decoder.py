@@ -46,8 +46,7 @@ def decode(
     Args:
         encoded: a string scalar.
         max_pixels: width times height that is still decoded.
-        formats: those that are expected: it fails for others too. TensorFlow takes half a second
-            for each, whenever a pipeline starts.
+        formats: those that are expected: it fails for others too.
 
     Returns:
         uint8 [H, W, 3].
@@ -98,13 +97,14 @@ def _decode(encoded, max_pixels, formats, number=0):
     # `tf.cond` would become a part of the graph, of which TensorFlow passes through all that an
     # image does not need: of five formats a third of a millisecond, and half a second at every
     # start. An `If` runs a function, which is prepared when it is first needed.
-    (image,) = tf.raw_ops.If(
-        cond=is_kind(encoded),
-        input=[encoded],
-        Tout=[tf.uint8],
-        then_branch=_traced(decode_kind, max_pixels),
-        else_branch=_traced(_decode, max_pixels, formats, number + 1),
-    )
+    with tf.device("CPU:0"):  # Other devices have no decoders.
+        (image,) = tf.raw_ops.If(
+            cond=is_kind(encoded),
+            input=[encoded],
+            Tout=[tf.uint8],
+            then_branch=_traced(decode_kind, max_pixels),
+            else_branch=_traced(_decode, max_pixels, formats, number + 1),
+        )
     return tf.ensure_shape(image, [None, None, 3])
 
 
@@ -125,8 +125,8 @@ def _turned(image, orientation):
         return tf.reduce_any(orientation == orientations)
 
     with _require_small(image):
-        image = tf.cond(is_one_of(2, 3, 7, 8), lambda: image[:, ::-1], lambda: image)
-    image = tf.cond(is_one_of(3, 4, 6, 7), lambda: image[::-1], lambda: image)
+        image = tf.cond(is_one_of(2, 3, 7, 8), lambda: tf.reverse(image, [1]), lambda: image)
+    image = tf.cond(is_one_of(3, 4, 6, 7), lambda: tf.reverse(image, [0]), lambda: image)
     return tf.cond(orientation >= 5, lambda: _transposed(image), lambda: image)
 
 
@@ -182,9 +182,9 @@ def _require_small(image):
 def _is_plain_jpeg(encoded):
     # Most have nothing in their head that could turn them. To see that takes a tenth of the time of
     # decoding, the walk through the head's segments as long as decoding.
-    return _starts(encoded, JPEG_BEGIN) & ~tf.strings.regex_full_match(
-        encoded, rb"\C*(Exif|http|Adobe)\C*"
-    )
+    is_jpeg = _starts(encoded, JPEG_BEGIN)
+    jpeg = tf.where(is_jpeg, encoded, b"")  # Of others the search would be in vain.
+    return is_jpeg & ~tf.strings.regex_full_match(jpeg, rb"\C*(Exif|http|Adobe)\C*")
 
 
 def _decode_plain_jpeg(encoded, max_pixels):

@@ -261,7 +261,7 @@ def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
         readable = tf.size(image) > 0
         seen = tf.cond(
             readable,
-            lambda: _traced(look)(image[tf.newaxis], draws[i][tf.newaxis]),
+            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
             lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in look.nothing),
         )
         return tuple(x[0] for x in seen), label, readable
@@ -276,14 +276,6 @@ def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
     return look_at, each
-
-
-@functools.cache
-def _traced(look):
-    """`look` at one image as a function: for what is seldom needed, traced once."""
-    image = tf.TensorSpec([1, None, None, 3], tf.uint8)
-    draws = tf.TensorSpec([1, *look.draws(tf.zeros([1], tf.int64)).shape[1:]], tf.float32)
-    return tf.function(look, [image, draws], autograph=False).get_concrete_function()
 
 
 # ---------------------------------------------------------------- images in the order of training

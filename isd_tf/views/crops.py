@@ -79,6 +79,8 @@ def crop_boxes(
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
+    if draws.shape[1] != len(areas):
+        raise ValueError(f"Each view needs draws of its own. Received: {draws.shape} for {areas}.")
     # In double precision a box does not depend on how a processor rounds.
     draws = tf.cast(draws, tf.float64)
     height, width = tf.unstack(tf.cast(tf.shape(images)[1:3], tf.float64))
@@ -171,7 +173,7 @@ def _resample(images, starts, steps, firsts, ends, size):
     views = []
     for view, own_taps in enumerate(tf.unstack(taps)):
         (rows, of_rows), (columns, of_columns) = (
-            (windows[:, view, axis, :, :count], weights[:, view, axis, :, :, :count])
+            (windows[:, view, axis, :, :count], _whole(weights[:, view, axis, :, :, :count]))
             for axis, count in enumerate(tf.unstack(own_taps))
         )
         # Across first, as Pillow does with few exceptions. What comes out has its sides swapped.
@@ -271,8 +273,8 @@ def _blocks(starts, steps, firsts, ends, size):
     """Antialiased bilinear weights for blocks of outputs; arguments [B, V, 2] as of `_resample`.
 
     Returns the inputs of each block, int32 [B, V, 2, blocks, T], what they weigh in each of its
-    outputs, float32 [B, V, 2, blocks, BLOCK, T], in units of 2^-WEIGHT_BITS, and how many of the T
-    a view and an axis needs, int32 [V, 2]: the first ones.
+    outputs, float32 [B, V, 2, blocks, BLOCK, T], up to a factor, and how many of the T a view and
+    an axis needs, int32 [V, 2]: the first ones.
     """
     starts, steps, firsts, ends = (
         tf.cast(values, tf.float32)[..., tf.newaxis, tf.newaxis, tf.newaxis]
@@ -287,8 +289,12 @@ def _blocks(starts, steps, firsts, ends, size):
     inputs = tf.floor(centres[..., :1, :] - reach + 0.5) + tf.range(tf.reduce_max(taps))
     weights = tf.maximum(1 - tf.abs(inputs + 0.5 - centres) / reach, 0.0)
     weights = tf.where((inputs >= firsts) & (inputs < ends), weights, 0.0)
-    # Of outputs beyond the last, which fill its block, nothing may weigh.
-    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=5, keepdims=True))
-    weights = tf.round(weights * 2**WEIGHT_BITS) * 2**-WEIGHT_BITS
     windows = tf.cast(tf.clip_by_value(inputs, firsts, ends - 1)[..., 0, :], tf.int32)
     return windows, weights, tf.cast(taps, tf.int32)
+
+
+def _whole(weights):
+    """Weights [..., T] that add up to 1, as multiples of 2^-WEIGHT_BITS."""
+    # Of outputs beyond the last, which fill its block, nothing may weigh.
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=-1, keepdims=True))
+    return tf.round(weights * 2**WEIGHT_BITS) * 2**-WEIGHT_BITS

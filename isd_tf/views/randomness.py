@@ -36,8 +36,8 @@ def uniforms(seeds: tf.Tensor, stream: int, count: int) -> tf.Tensor:
     return tf.cast(tf.cast(bits, tf.int32), tf.float32) * 2**-24
 
 
-def between(uniform: tf.Tensor, low: float, high: float) -> tf.Tensor:
-    """Stretches numbers uniform in [0, 1) to [low, high)."""
+def between(uniform: tf.Tensor, low, high) -> tf.Tensor:
+    """Stretches numbers uniform in [0, 1) to [low, high), each a number or an array."""
     return low + uniform * (high - low)
 
 
