@@ -37,9 +37,10 @@ beam: $(VENV)-beam/.installed  ## Embed a folder by Apache Beam, in two processe
 	$(VENV)-beam/bin/python -c "import apache_beam"
 	$(VENV)-beam/bin/python -m pytest tests/embed_beam_test.py
 
-benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses
+benchmark: $(VENV)/.installed $(VENV)-benchmark/.installed  ## Race PyTorch; ONLY=views,knn chooses, ROUNDS=2 is brief
 	PYTHONPATH=. $(VENV)/bin/python benchmarks/against_pytorch.py \
-	    --torch_python=$(VENV)-benchmark/bin/python $(if $(ONLY),--only=$(ONLY))
+	    --torch_python=$(VENV)-benchmark/bin/python $(if $(ONLY),--only=$(ONLY)) \
+	    $(if $(ROUNDS),--rounds=$(ROUNDS))
 
 lint: $(VENV)/.installed  ## Check style and imports
 	$(VENV)/bin/ruff check .
