@@ -231,7 +231,7 @@ def test_bad_input_is_one_error_and_nothing_written(
 def test_pickles_without_pytorch_are_refused_before_tensorflow(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(settings_checks.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.pth").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"pip install 'isd_tf\[torch\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'torch>=2.6'"):
         set_flags(*small_run(photos, tmp_path / "run", f"--initial_weights={tmp_path / 'a.pth'}"))
 
 

@@ -48,7 +48,7 @@ def without_tensorflow(tmp_path):
         ("run.py", ["--flagfile=quickstart.flags", "now"], "must be flags. Received: now."),
         ("launch.py", ["--help"], "--restarts=3 -- "),
         ("launch.py", ["--workers=0", "--", "--x"], "must be at least 1"),
-        ("finetune.py", ["--help"], "    python experiments/finetune.py --encoder=runs/quickstart"),
+        ("finetune.py", ["--help"], "python experiments/finetune.py --encoder=runs/quickstart"),
         ("finetune.py", ["--help"], "--patience: Epochs without a better one"),
         ("finetune.py", ["--help"], "To train from scratch"),
         ("finetune.py", ["--dataset=folder"], "finetune.py: Finetuning needs --encoder, --workdir"),

@@ -213,5 +213,5 @@ def test_pickles_need_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "a.pth").write_bytes(b"x")
     for function in (torch_weights.load_encoder, torch_weights.save):
-        with pytest.raises(ImportError, match=r"pip install 'isd_tf\[torch\]'.*a.pth"):
+        with pytest.raises(ImportError, match=r"pip install 'torch>=2.6'.*a.pth"):
             function(tiny(), tmp_path / "a.pth")
