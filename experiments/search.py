@@ -63,6 +63,12 @@ def main() -> None:
     for name in ("outliers", "diverse", "neighbors"):
         if (getattr(settings, name) or 0) < 1 and getattr(settings, name) is not None:
             parser.error(f"--{name} must be at least 1. Received: {getattr(settings, name)}.")
+    if settings.engine != "exact" and settings.query is None and settings.row is None:
+        if settings.outliers is None and not settings.against:
+            parser.error(
+                f"--engine={settings.engine} searches nearest images: for --query, --row, "
+                "--outliers and --against. Leave it out here."
+            )
     with program.in_sentences():
         search(settings)
 

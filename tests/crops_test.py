@@ -83,7 +83,7 @@ def test_a_large_image_is_resized_in_parts_to_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_two_boxes_of_an_image_are_cut_as_each_alone(count):
+def test_boxes_of_an_image_are_cut_as_each_alone(count):
     """However unlike they are: of each, other pixels weigh."""
     images = tf.tile(batch(PHOTO), [count, 1, 1, 1])
     boxes = tf.tile([[(119, 0, 1, 150), (0, 0, 120, 150), (40, 40, 9, 80)]], [count, 1, 1])

@@ -60,6 +60,8 @@ def without_tensorflow(tmp_path):
         ("embed_beam.py", ["--help"], "usage: python experiments/embed_beam.py --images=photos"),
         ("search.py", ["--help"], "usage: python experiments/search.py --embeddings=embedded"),
         ("search.py", ["--embeddings=x"], "one of the arguments --query --row"),
+        ("search.py", ["--embeddings=x", "--diverse=3", "--engine=faiss"], "Leave it out here"),
+        ("search.py", ["--embeddings=x", "--near_duplicates=1", "--engine=faiss"], "Leave it out"),
     ],
 )
 def test_help_and_mistakes_are_answered_without_tensorflow(
@@ -69,6 +71,14 @@ def test_help_and_mistakes_are_answered_without_tensorflow(
     output = result.stdout + result.stderr
     assert result.returncode in (0, 1, 2) and all(part in output for part in said.split(".*"))
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "program", ["finetune.py", "embed.py", "embed_beam.py", "search.py", "serving/client.py"]
+)
+def test_what_follows_a_training_begins_its_help_with_an_example(program, without_tensorflow):
+    first = without_tensorflow(program, "--help").stdout.strip().splitlines()[0]
+    assert first.removeprefix("usage: ").startswith(f"python experiments/{program} --")
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def _resample(images, starts, steps, firsts, ends, size):
         if single:  # Of the box, what shows: of a centre, often half.
             upper, lower = _cover(rows, sides[0])
             begin, end = _cover(columns, sides[1])
-            across = _resize_large_across(
+            across = _resize_one_across(
                 images[:, upper:lower, begin:end], columns - begin, of_columns, size
             )
             rows -= upper
@@ -221,7 +221,7 @@ def with_sides_swapped(images: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.ConjugateTranspose(x=images, perm=[0, 2, 1, 3])
 
 
-def _resize_large_across(images, window, weights, size):
+def _resize_one_across(images, window, weights, size):
     """The same of one image, of whatever size."""
     return in_parts(
         lambda first, last: _resize_across(images[:, first:last], window, weights, size)[0],
