@@ -7,7 +7,7 @@ from photographs import PHOTO, batch, photograph, some_seeds
 from PIL import Image
 from scipy import stats
 
-from isd_tf.views import crops
+from isd_tf.views import crops, pillow_crops
 
 
 def drawn_boxes(count, height, width):
@@ -142,3 +142,51 @@ def test_what_a_crop_works_on_holds_its_inputs_and_has_one_of_few_lengths():
         assert 0 <= begin <= window[0] and window[-1] < past <= side
         lengths.add(past - begin)
     assert lengths <= {64, 128, 192, 256, 320, 384, 448, 500}
+
+
+# -------------------------------------------------------------------------------- by Pillow
+
+NOISE = np.random.default_rng(0).integers(0, 256, PHOTO.shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (500, 375), (32, 32), (1, 1), (3, 400), (400, 3), (97, 61)]
+)
+@pytest.mark.parametrize("area", [(0.2, 1.0), (0.08, 1.0)])
+def test_pillows_boxes_are_the_graphs(height, width, area):
+    draws = crops.crop_draws(some_seeds(500))
+    of_graph = crops.crop_boxes(draws[:, None], tf.zeros([1, height, width, 3], tf.uint8), [area])
+    boxes = [pillow_crops.crop_box(row, height, width, area) for row in draws.numpy().tolist()]
+    np.testing.assert_array_equal(boxes, of_graph[:, 0])
+
+
+@pytest.mark.parametrize("size", [7, 48, 64])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64), (119, 0, 1, 150)]
+)
+@pytest.mark.parametrize("image", [PHOTO, NOISE], ids=["photo", "noise"])
+def test_pillows_crops_are_the_graphs_but_for_a_level(image, box, size):
+    ours = pillow_crops.resize_box(Image.fromarray(image), box, size).astype(int)
+    of_graph = crops.resize_boxes(batch(image), tf.constant([[box]]), size)[0][0].numpy()
+    assert ours.shape == (size, size, 3)
+    assert np.abs(ours - of_graph).max() <= 1
+    assert np.abs(ours - of_graph).mean() <= 0.05
+
+
+def test_pillow_cuts_a_large_box_in_parts(monkeypatch):
+    image, box = Image.fromarray(PHOTO), (5, 10, 100, 120)
+    whole = pillow_crops.resize_box(image, box, 40)
+    parts = []
+    monkeypatch.setattr(pillow_crops, "PART_PIXELS", 120 * 33)
+    monkeypatch.setattr(Image.Image, "paste", spied(Image.Image.paste, parts))
+    in_parts = pillow_crops.resize_box(image, box, 40)
+    assert [part.size for _, part, _ in parts] == [(40, 33), (40, 33), (40, 33), (40, 1)]
+    np.testing.assert_array_equal(in_parts, whole)
+
+
+def spied(function, calls):
+    def call(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call

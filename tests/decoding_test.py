@@ -48,88 +48,99 @@ FORMS = {
 }  # fmt: skip
 
 
-def decode(candidates, unreadable=None, attempts=None):
-    """Decodes the first readable of some byte strings inside tf.data; returns image and label."""
-    source = tf.constant(candidates)
-    unreadable = unreadable or decoding.Unreadable(len(candidates), 1.0)
+def see(images, unreadable=None, read=bytes, attempts=None):
+    """Sees the first readable of each image's candidates, [n][attempts], inside tf.data.
+
+    Of image i, candidate j is called "image i.j" and labelled 10 i + j, or named as its path is.
+    """
+    sources = tf.constant(images)
+    unreadable = unreadable or decoding.Unreadable(sources.shape[1], 1.0)
+    numbers = tf.range(len(images), dtype=tf.int64)
 
     def load(_):
-        return decoding.open_first_readable(
-            lambda attempt: (source[attempt], tf.strings.format("image {}", attempt), attempt * 10),
-            bytes,
-            attempts or len(candidates),
+        def candidates(attempt):
+            named = tf.strings.join(
+                ["image ", tf.strings.as_string(numbers), ".", tf.strings.as_string(attempt)]
+            )
+            own = sources[:, attempt]
+            return own, named if read is bytes else own, 10 * numbers + attempt
+
+        return decoding.see_first_readable(
+            candidates,
+            read,
+            lambda image, draws: [np.asarray(image), draws],
+            (tf.zeros([0, *SCENE.shape], tf.uint8), tf.zeros([0], tf.float32)),
+            attempts or sources.shape[1],
             unreadable,
-            tf.constant(5, tf.int64),
+            numbers + 5,
+            tf.cast(numbers, tf.float32),
         )
 
-    image, label = tf.data.Dataset.range(1).map(load).get_single_element()
-    return image.numpy(), int(label)
+    return tf.nest.map_structure(
+        lambda x: x.numpy(), tf.data.Dataset.range(1).map(load).get_single_element()
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_decodes_as_pillow_does(form):
     unreadable = decoding.Unreadable(1, 0.0)
-    image, _ = decode([FORMS[form]], unreadable)
+    (images, _), _, readable, _ = see([[FORMS[form]]], unreadable)
     if form == "16-bit png":
         expected = np.asarray(Image.fromarray(SCENE).convert("L").convert("RGB"))
     else:
         expected = np.asarray(Image.open(io.BytesIO(FORMS[form])).convert("RGB"))
-    assert image.shape == expected.shape and image.dtype == np.uint8
-    assert np.abs(image.astype(int) - expected).mean() <= 0.5
-    assert not unreadable.names
+    assert images[0].shape == expected.shape and images.dtype == np.uint8
+    assert np.abs(images[0].astype(int) - expected).mean() <= 0.5
+    assert readable[0] and not unreadable.names
 
 
 BROKEN = (b"", b"not an image", FORMS["jpeg"][:60], FORMS["png"][:-40])
+OTHER = 255 - SCENE
+OTHER_PNG = io.BytesIO()
+Image.fromarray(OTHER).save(OTHER_PNG, "PNG")
+OTHER_PNG = OTHER_PNG.getvalue()
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_an_unreadable_image_gives_way_to_the_next_and_is_named(broken):
     unreadable = decoding.Unreadable(2, 0.5)
-    image, label = decode([broken, FORMS["png"]], unreadable)
-    np.testing.assert_array_equal(image, SCENE)
-    assert label == 10
-    assert unreadable.names == {"image 0"}
+    (images, _), labels, readable, at_once = see([[broken, FORMS["png"]]], unreadable)
+    np.testing.assert_array_equal(images, [SCENE])
+    assert labels == [1] and readable == [True] and not at_once
+    assert unreadable.names == {"image 0.0"}
 
 
-def test_several_unreadable_images_in_a_row_are_skipped():
-    image, label = decode([b"", b"x", b"y", FORMS["png"]])
-    np.testing.assert_array_equal(image, SCENE)
-    assert label == 30
-
-
-def test_when_none_can_be_read_the_image_is_empty():
-    image, _ = decode([b"", b"x"], decoding.Unreadable(3, 1.0))
-    assert image.size == 0
+def test_each_image_of_a_group_goes_on_to_its_own_first_readable_candidate():
+    png = FORMS["png"]
+    images = [[png, b"", b"x"], [b"", b"x", OTHER_PNG], [b"x", png, OTHER_PNG], [b"", b"x", b"y"]]
+    unreadable = decoding.Unreadable(12, 0.9)
+    (seen, draws), labels, readable, at_once = see(images, unreadable)
+    np.testing.assert_array_equal(seen, [SCENE, OTHER, SCENE, 0 * SCENE])
+    assert labels.tolist()[:3] == [0, 12, 21]
+    assert draws.tolist() == [0, 1, 2, 0] and readable.tolist() == [True, True, True, False]
+    # What was not needed was not read.
+    of_last_two = {"image 2.0", "image 3.0", "image 3.1", "image 3.2"}
+    assert unreadable.names == {"image 1.0", "image 1.1", *of_last_two} and not at_once
+    assert see([[png, b""], [OTHER_PNG, b""]])[-1]
 
 
 def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     unreadable = decoding.Unreadable(2, 0.5)
     present = tmp_path / "here.png"
     present.write_bytes(FORMS["png"])
-    paths = tf.constant([str(tmp_path / "gone.png"), str(present)])
-
-    @tf.function
-    def load():
-        return decoding.open_first_readable(
-            lambda attempt: (paths[attempt], paths[attempt], attempt),
-            pixels.read_file,
-            2,
-            unreadable,
-            tf.constant(0, tf.int64),
-        )
-
-    image, _ = load()
-    np.testing.assert_array_equal(image, SCENE)
+    paths = [str(tmp_path / "gone.png"), str(present)]
+    (images, _), *_ = see([paths], unreadable, pixels.read_file)
+    np.testing.assert_array_equal(images, [SCENE])
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["png", "cmyk jpeg"])
-def test_an_image_of_too_many_pixels_is_unreadable_in_a_graph_and_by_pillow(form, caplog):
+def test_an_image_of_too_many_pixels_is_unreadable(form, caplog):
     for limit, expected in ((40 * 30, 0), (40 * 30 - 1, 1)):
         unreadable = decoding.Unreadable(2, 0.5, decoding.REPLACED, max_pixels=limit)
-        decode([FORMS[form]], unreadable)
+        see([[FORMS[form]]], unreadable)
         assert len(unreadable.names) == expected
-    expected = "replaced by the next one: image 0 (40 x 30 pixels, more than --max_pixels=1199)"
+    expected = "replaced by the next one: image 0.0 (40 x 30 pixels, more than --max_pixels=1199)"
     assert expected in caplog.text
 
 
@@ -139,10 +150,10 @@ def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one():
         opened = decoding.Unreadable(8, 0.25)
         for number in range(before):
             opened.add(f"before {number}", "broken", 0)
-        image, _ = decode([b"", b"x", b"y", b"z", b"q", FORMS["png"]], opened)
-        assert image.size == 0
+        *_, readable, _ = see([[b"", b"x", b"y", b"z", b"q", FORMS["png"]]], opened)
+        assert readable == [False]
         assert {name for name in opened.names if "image" in name} == {
-            *("image 0", "image 1", "image 2"),
+            *("image 0.0", "image 0.1", "image 0.2"),
         }
 
 

@@ -40,10 +40,11 @@ DATA_SERVICE_SECONDS = 60
 class DataService(NamedTuple):
     """A tf.data service that prepares batches on other machines (experiments/data_service.py).
 
-    Each batch is bit for bit one that this machine would have made, and none comes twice; but they
-    come as they get ready, so that no two runs are the same. Of a stream of TFRecord files, each of
-    the service's workers prepares another epoch. Batches are lost with a worker that ends, and a
-    run that is continued sees some twice and some not at all.
+    Each batch is one that this machine would have made (bit for bit where it too would crop in the
+    graph, see `readers`), and none comes twice; but they come as they get ready, so that no two
+    runs are the same. Of a stream of TFRecord files, each of the service's workers prepares another
+    epoch. Batches are lost with a worker that ends, and a run that is continued sees some twice and
+    some not at all.
     """
 
     address: str  # of its dispatcher, host:port

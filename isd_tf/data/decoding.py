@@ -1,21 +1,23 @@
-"""What happens to images that TensorFlow's graph cannot decode, and to those that nobody can.
+"""Reading by Pillow, and what happens to images that it cannot read.
 
-Pillow has a second try (it reads forms that the graph refuses); what it cannot read is replaced by
-the next candidate, counted and named in the log, so that no later batch shifts.
+They are counted and named in the log. In training the next candidate replaces each, so that no
+later batch shifts; elsewhere they are left out.
 """
 
 import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from PIL import Image
 
 from isd_tf.data import pixels
 from isd_tf.data.folders import shown
+from isd_tf.data.python_calls import call_python, is_ending
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
@@ -145,45 +147,58 @@ def _explain_unreadable_in_service(name):
     return f"{UNREADABLE_IN_SERVICE} {name}{reason}. {cure}."
 
 
-def open_first_readable(
+def open_readable(
+    read: Callable[[bytes], bytes], unreadable: Unreadable, source: bytes, name: bytes, place: int
+) -> Image.Image | None:
+    """Opens an image by Pillow, which reads more than a graph does; one that it cannot is counted.
+
+    Args:
+        read: source to encoded bytes; says why not by pixels.UnreadableImage.
+        unreadable: where a failure is reported.
+        source: what to read.
+        name: of the image.
+        place: where in the order of reading the image is wanted.
+
+    Returns:
+        An upright image in mode RGB; None where it cannot be read.
+    """
+    name = os.fsdecode(name)
+    try:
+        return pixels.open_image(read(source), shown(name), unreadable.max_pixels)
+    except pixels.UnreadableImage as error:
+        unreadable.add(name, str(error), place)
+        return None
+
+
+def decode_first_readable(
     candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
     read: Callable[[bytes], bytes],
     attempts: int,
     unreadable: Unreadable,
     place: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Opens the first candidate that can be read by Pillow, which reads more than a graph does.
+    """Decodes the first of an image's candidates that can be read.
 
     Args:
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read: source to encoded bytes; says why not by pixels.UnreadableImage.
+        read, unreadable: as in `open_readable`.
         attempts: how many candidates there are.
-        unreadable: where failures are reported.
-        place: int64 scalar, where in the order of reading an image is wanted.
+        place: int64 scalar, where in the order of reading the image is wanted.
 
     Returns:
         The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
     """
 
-    def open_or_report(source, name, place):
-        name = os.fsdecode(name)
-        try:
-            encoded = read(source)
-            image = pixels.open_image(encoded, shown(name), unreadable.max_pixels)
-            del encoded
-            return pixels.as_array(image)
-        except pixels.UnreadableImage as error:
-            unreadable.add(name, str(error), int(place))
-            return np.zeros([0, 0, 3], np.uint8)
+    def decode(source, name, place):
+        image = open_readable(read, unreadable, source, name, int(place))
+        return np.zeros([0, 0, 3], np.uint8) if image is None else pixels.as_array(image)
 
     def attempt(number):
         source, name, label = candidate(number)
-        image = tf.numpy_function(open_or_report, [source, name, place], tf.uint8, stateful=True)
+        image = call_python(decode, [source, name, place], tf.uint8)
         return number + 1, tf.ensure_shape(image, [None, None, 3]), label
 
-    # With one more than may be unreadable the limit ends the reading here. Of a million broken ones
-    # all would be tried, at each place.
-    attempts = min(attempts, int(unreadable.tolerated) + 1)
+    attempts = _worth_trying(attempts, unreadable)
     _, image, label = tf.while_loop(
         lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
         lambda number, image, label: attempt(number),
@@ -191,3 +206,86 @@ def open_first_readable(
         shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
     )
     return image, label
+
+
+def see_first_readable(
+    candidates: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+    read: Callable[[bytes], bytes],
+    see: Callable[[Image.Image, np.ndarray], Sequence[np.ndarray]],
+    nothing: Sequence[tf.Tensor],
+    attempts: int,
+    unreadable: Unreadable,
+    places: tf.Tensor,
+    draws: tf.Tensor,
+) -> tuple[tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Sees what is wanted of the first of each of n images' candidates that can be read.
+
+    Args:
+        candidates: attempt number (int64 scalar) to the sources, names and labels [n] of n images.
+        read, unreadable: as in `open_readable`.
+        see: image and draws [...] to what is seen of it, V arrays.
+        nothing: V tensors [0, ...], of the types and shapes of what is seen.
+        attempts: how many candidates each image has.
+        places: int64 [n], where in the order of reading the images are wanted.
+        draws: [n, ...].
+
+    Returns:
+        V times [n, ...], zeros where no candidate could be read; the labels of those seen, int64
+        [n]; bool [n], whether there is one; and whether all first candidates could be read.
+    """
+
+    of_each = tf.TensorShape([None])
+    shapes = tuple(tf.TensorShape([None, *x.shape[1:]]) for x in nothing)
+
+    def see_wanted(sources, names, places, draws, wanted):
+        seen = [np.zeros([len(places), *x.shape[1:]], x.dtype.as_numpy_dtype) for x in nothing]
+        found = np.zeros(len(places), bool)
+
+        def see_image(i):
+            image = open_readable(read, unreadable, sources[i], names[i], int(places[i]))
+            if image is not None:
+                found[i] = True
+                for of_all, of_one in zip(seen, see(image, draws[i]), strict=True):
+                    of_all[i] = of_one
+
+        for i in np.flatnonzero(wanted):
+            if is_ending():  # And nobody takes them.
+                found[:] = True
+                break
+            see_image(i)
+        return *seen, found
+
+    def attempt(number, wanted):
+        sources, names, labels = candidates(number)
+        types = [*(x.dtype for x in nothing), tf.bool]
+        *seen, found = call_python(see_wanted, [sources, names, places, draws, wanted], types)
+        seen = tuple(map(tf.ensure_shape, seen, shapes))
+        return seen, labels, tf.ensure_shape(found, of_each)
+
+    def attempt_again(number, readable, known):
+        seen, labels, found = attempt(number, ~readable)
+
+        def newest(new, old):
+            return tf.where(tf.reshape(found, [-1, *[1] * (old.shape.rank - 1)]), new, old)
+
+        known = tf.nest.map_structure(newest, (seen, labels), known)
+        return number + 1, readable | found, known
+
+    attempts = _worth_trying(attempts, unreadable)
+    seen, labels, found = attempt(tf.constant(0, tf.int64), tf.ones_like(places, tf.bool))
+    all_at_once = tf.reduce_all(found)
+    _, readable, (seen, labels) = tf.while_loop(
+        lambda number, readable, known: ~tf.reduce_all(readable) & (number < attempts),
+        attempt_again,
+        (tf.constant(1, tf.int64), found, (seen, labels)),
+        shape_invariants=(tf.TensorShape([]), of_each, (shapes, of_each)),
+    )
+    return seen, labels, readable, all_at_once
+
+
+def _worth_trying(attempts, unreadable):
+    """With one more than may be unreadable the limit ends the reading.
+
+    Of a million broken ones all would be tried, at each place.
+    """
+    return min(attempts, int(unreadable.tolerated) + 1)

@@ -1,7 +1,7 @@
 """Encoded images to pixels inside a TensorFlow graph, where there is no Python.
 
-For a tf.data service's workers, for serving, and for speed. What every format means is said in
-`pixels`; here the same comes of it, or an error.
+For a tf.data service's workers, for serving, and for hosts of many cores, where Python's lock would
+hold Pillow up. What every format means is said in `pixels`; here the same comes of it, or an error.
 """
 
 import functools

@@ -1,7 +1,11 @@
 """Readers: what a batch needs of arrays, files and records, image by image, in which order.
 
 Each kind of dataset has a reader, which decodes its images and cuts the crops out of them, in the
-order of the training or in the dataset's own. `batches` makes batches of that.
+order of the training or in the dataset's own. `batches` makes batches of that. There are two ways:
+
+    Pillow               random crops of files and records, on hosts with few cores
+    TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
+                         at once; what it cannot decode, Pillow does
 """
 
 import functools
@@ -12,10 +16,16 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, FileDataset, RecordDataset
-from isd_tf.data.decoding import UNREADABLE_IN_SERVICE, Unreadable, open_first_readable
+from isd_tf.data.decoding import (
+    UNREADABLE_IN_SERVICE,
+    Unreadable,
+    decode_first_readable,
+    see_first_readable,
+)
 from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
-from isd_tf.views import crops
+from isd_tf.data.python_calls import call_python
+from isd_tf.views import crops, pillow_crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
@@ -26,6 +36,9 @@ STREAM_CANDIDATES = 4
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
+# Pillow makes a pair of crops in two thirds of the graph's time. But a tenth of its own it holds
+# Python's lock, which one thread has at a time: from so many cores on the graph is faster.
+GRAPH_CORES = 8
 
 
 # --------------------------------------------------------------------- what is seen of an image
@@ -53,6 +66,11 @@ class RandomCrops(NamedTuple):
     def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
         boxes = crops.crop_boxes(draws, images, self.areas)
         return tuple(crops.resize_boxes(images, boxes, self.size))
+
+    def by_pillow(self, image, draws):  # [V, 22]
+        views = zip(draws.tolist(), self.areas, strict=True)
+        boxes = [pillow_crops.crop_box(own, image.height, image.width, area) for own, area in views]
+        return [pillow_crops.resize_box(image, box, self.size) for box in boxes]
 
 
 class CentreCrop(NamedTuple):
@@ -117,31 +135,40 @@ def _record_groups(dataset, look, unreadable):
     sources = mapped(records, functools.partial(_source_of_record, dataset))
 
     def look_at_group(numbers, group):  # [n], three of [n]
-        candidate = lambda i, attempt: [part[i] for part in group]  # noqa: E731
-        return numbers, *_look_at_group(look, numbers, candidate, dataset, 1, unreadable)
+        candidates = lambda attempt: group  # noqa: E731
+        return numbers, *_look_at_group(look, numbers, candidates, dataset, 1, unreadable)
 
-    return mapped(sources.enumerate().batch(GROUP), look_at_group)
+    groups = sources.enumerate().batch(GROUP)
+    return groups.map(as_it_stands(look_at_group), _calls_at_a_time(look, unreadable))
 
 
 def _file_groups(dataset, look, unreadable):
-    """The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow.
-
-    As `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
-    inner one for each, which TensorFlow does not optimise: it takes twice the time.
-    """
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
     groups = -(-len(dataset) // GROUP)
+
+    def of_group(group):
+        numbers = tf.range(GROUP * group, tf.minimum(GROUP * (group + 1), len(dataset)))
+        own_paths, own_labels = tf.gather(paths, numbers), tf.gather(labels, numbers)
+        return numbers, lambda attempt: (own_paths, own_paths, own_labels)
+
+    if _is_for_pillow(look, unreadable):
+
+        def look_at_group(group):
+            numbers, candidates = of_group(group)
+            return numbers, *_look_at_group(look, numbers, candidates, dataset, 1, unreadable)
+
+        calls = _calls_at_a_time(look, unreadable)
+        return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls)
+
+    # The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow. As
+    # `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
+    # inner one for each, which TensorFlow does not optimise: it takes twice the time.
     nothing = look.nothing, tf.zeros([0], tf.int64)
     types = tf.nest.map_structure(lambda x: x.dtype, nothing)
 
     def ways_to_look(group):
-        numbers = tf.range(GROUP * group, tf.minimum(GROUP * (group + 1), len(dataset)))
-
-        def candidate(i, attempt):
-            path = paths[numbers[i]]
-            return path, path, labels[numbers[i]]
-
-        return numbers, *_ways_to_look(look, numbers, candidate, dataset, 1, unreadable)
+        numbers, candidates = of_group(group)
+        return numbers, *_ways_to_look(look, numbers, candidates, dataset, 1, unreadable)
 
     def look_at_once(group):
         numbers, look_at, _ = ways_to_look(group)
@@ -174,11 +201,28 @@ def _group_size(unreadable):
     return 1 if unreadable.in_service else GROUP
 
 
+def _is_for_pillow(look, unreadable):
+    """Whether Pillow looks at files and records, or the graph."""
+    return isinstance(look, RandomCrops) and not unreadable.in_service and _cores() < GRAPH_CORES
+
+
+def _calls_at_a_time(look, unreadable):
+    """Groups that are looked at side by side."""
+    # A number that TensorFlow chooses could grow while the program ends (see `python_calls`).
+    return _cores() if _is_for_pillow(look, unreadable) else tf.data.AUTOTUNE
+
+
+def _cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def _ended_beyond_limit(groups, unreadable):
     """Ends the reading at the first group up to which too many images could not be read.
 
     In the order of the groups, whichever of them were read first. (Only where one could not be
-    read by the graph, as Python is slow, and waited for where an iterator is given up.)
+    read, as Python is slow, and waited for where an iterator is given up.)
     """
 
     def check(place):
@@ -187,31 +231,34 @@ def _ended_beyond_limit(groups, unreadable):
 
     def in_order(places, seen, labels, readable, all_at_once):
         last = places[-1] + 1
-        checked = tf.cond(
-            all_at_once, lambda: last, lambda: tf.numpy_function(check, [last], tf.int64)
-        )
+        checked = tf.cond(all_at_once, lambda: last, lambda: call_python(check, [last], tf.int64))
         with tf.control_dependencies([checked]):
             return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
 
     return groups.map(as_it_stands(in_order))
 
 
-def _look_at_group(look, places, candidate, dataset, attempts, unreadable):
+def _look_at_group(look, places, candidates, dataset, attempts, unreadable):
     """What is seen of a few images.
 
     Args:
         look: what to see of an image.
         places: int64 [n], of the images in the order of reading.
-        candidate: which of the n, and the number of an attempt, to a source, a name and a label.
+        candidates: number of an attempt to sources, names and labels [n].
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as in `open_first_readable`. A data service's workers have no Python:
+        attempts, unreadable: as in `see_first_readable`. A data service's workers have no Python:
             there every image must be readable.
 
     Returns:
         For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
-        whether all were read at once by the graph.
+        whether all were read at once.
     """
-    look_at, each = _ways_to_look(look, places, candidate, dataset, attempts, unreadable)
+    if _is_for_pillow(look, unreadable):
+        draws, read = look.draws(places), _read(dataset)
+        return see_first_readable(
+            candidates, read, look.by_pillow, look.nothing, attempts, unreadable, places, draws
+        )
+    look_at, each = _ways_to_look(look, places, candidates, dataset, attempts, unreadable)
     count = tf.size(places, tf.int64)
     # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
@@ -233,7 +280,7 @@ def _unless_missed(look, seen, labels, each):
     return seen, labels, readable, all_at_once
 
 
-def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
+def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
     """Two functions, with the arguments of `_look_at_group`.
 
     Returns:
@@ -244,20 +291,22 @@ def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
     draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    count = tf.size(places, tf.int64)
-    first = tf.constant(0, tf.int64)
+    sources, names, labels = candidates(tf.constant(0, tf.int64))
 
     def look_at(i):
-        source, _, label = candidate(i, first)
-        encoded = tf.io.read_file(source) if is_file else source
+        encoded = tf.io.read_file(sources[i]) if is_file else sources[i]
         image = decode(encoded, unreadable.max_pixels, formats)
         seen = look(image[tf.newaxis], draws[i][tf.newaxis])
-        return tuple(x[0] for x in seen), label
+        return tuple(x[0] for x in seen), labels[i]
 
     def look_at_first_readable(i):
-        read = read_file if is_file else bytes
-        of_image = functools.partial(candidate, i)
-        image, label = open_first_readable(of_image, read, attempts, unreadable, places[i])
+        image, label = decode_first_readable(
+            lambda attempt: [part[i] for part in candidates(attempt)],
+            _read(dataset),
+            attempts,
+            unreadable,
+            places[i],
+        )
         readable = tf.size(image) > 0
         seen = tf.cond(
             readable,
@@ -267,15 +316,21 @@ def _ways_to_look(look, places, candidate, dataset, attempts, unreadable):
         return tuple(x[0] for x in seen), label, readable
 
     def each():
-        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
+        count = tf.size(places, tf.int64)
         if unreadable.in_service:
-            message = [UNREADABLE_IN_SERVICE, candidate(first, first)[1]]
+            message = [UNREADABLE_IN_SERVICE, names[0]]
             with tf.control_dependencies([tf.debugging.Assert(False, message)]):
                 views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
                 return views, tf.zeros([count], tf.int64), tf.fill([count], False)
+        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
         return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
 
     return look_at, each
+
+
+def _read(dataset):
+    """What makes a source's encoded bytes; a record is them."""
+    return read_file if isinstance(dataset, FileDataset) else bytes
 
 
 # ---------------------------------------------------------------- images in the order of training
@@ -367,15 +422,17 @@ def _file_images(dataset, order, look, unreadable):
         return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
 
     def look_at_group(places):  # [n]
-        def candidate(i, attempt):
+        def candidates(attempt):
             # What cannot be read gives way to the next image in the epoch's order.
-            row = order.images_at(places[i], attempt)
-            return paths[row], paths[row], labels[row]
+            rows = order.images_at(places, attempt)
+            own_paths = tf.gather(paths, rows)
+            return own_paths, own_paths, tf.gather(labels, rows)
 
         count = len(dataset)
-        return places, *_look_at_group(look, places, candidate, dataset, count, unreadable)
+        return places, *_look_at_group(look, places, candidates, dataset, count, unreadable)
 
-    groups = mapped(order.steps.flat_map(places_of), look_at_group)
+    calls = _calls_at_a_time(look, unreadable)
+    groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls)
     # Where none can be read, the limit ends the training.
     return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
 
@@ -411,11 +468,15 @@ def _record_images(dataset, order, look, unreadable):
         return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
     def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
-        def candidate(i, attempt):
-            return _source_of_record(dataset, *(part[i, attempt] for part in group))
+        def candidates(attempt):
+            return tf.map_fn(
+                lambda record: _source_of_record(dataset, *record),
+                [part[:, attempt] for part in group],
+                fn_output_signature=(tf.string, tf.string, tf.int64),
+            )
 
         return places, *_look_at_group(
-            look, places, candidate, dataset, STREAM_CANDIDATES, unreadable
+            look, places, candidates, dataset, STREAM_CANDIDATES, unreadable
         )
 
     def require_readable(places, seen, labels, readable):
@@ -425,7 +486,8 @@ def _record_images(dataset, order, look, unreadable):
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    groups = mapped(windows.batch(_group_size(unreadable)), look_at_group)
+    groups = windows.batch(_group_size(unreadable))
+    groups = groups.map(as_it_stands(look_at_group), _calls_at_a_time(look, unreadable))
     return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla  # Nothing public has its barrier.
 
 from isd_tf.views.randomness import Stream, between, uniforms
 
@@ -196,6 +197,7 @@ def gaussian_weights(sigmas: tf.Tensor) -> tf.Tensor:
     return weights / (2 * tf.reduce_sum(weights, axis=1, keepdims=True) - weights[:, :1])
 
 
+@tf.function(jit_compile=True, autograph=False)
 def blur(images: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Averages images [B, H, W, 3] along both axes by `weights` as of `gaussian_weights`."""
     channels = tf.concat(tf.unstack(images, axis=3), axis=0)  # [3B, H, W]
@@ -203,7 +205,9 @@ def blur(images: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     for axis in (1, 2):
         first, last = _cut(channels, axis, 0, 1), _cut(channels, axis, channels.shape[axis] - 1, 1)
         first, last = (tf.repeat(edge, BLUR_RADIUS, axis) for edge in (first, last))
-        extended = tf.concat([first, channels, last], axis)
+        # Behind the barrier it stands in memory. Else XLA looks, at each of the thirteen uses of a
+        # pixel, which of the three parts holds it.
+        (extended,) = xla.optimization_barrier(tf.concat([first, channels, last], axis))
         shifted = [
             _cut(extended, axis, start, channels.shape[axis])
             for start in range(2 * BLUR_RADIUS + 1)
