@@ -73,7 +73,7 @@ def main():
             workdir / "checkpoints", model, FLAGS.keep_checkpoints
         )
         begin_or_continue(workdir, checkpoints, data, initial)
-        workdirs.note_versions(workdir, checkpoints, "finetune")
+        workdirs.note_versions(workdir, checkpoints, "finetune", data.fit)
         workdirs.name_left_out(workdir, data.fit, data.test)
         first_step = checkpoints.restore_newest()
         if first_step:

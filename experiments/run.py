@@ -421,7 +421,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             if teacher:
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
         stages = ",".join(FLAGS.stages)
-        workdirs.note_versions(workdir, checkpoints, stages, "pretrain" in FLAGS.stages)
+        trains = "pretrain" in FLAGS.stages
+        workdirs.note_versions(workdir, checkpoints, stages, train if trains else None)
 
 
 def require_same_run(workdir, train):

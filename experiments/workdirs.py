@@ -21,6 +21,7 @@ import isd_tf
 from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
+from isd_tf.data.readers import random_crops_by
 from isd_tf.training import cluster, initial_weights, metrics
 from isd_tf.training.checkpoints import Checkpoints
 
@@ -214,7 +215,7 @@ def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
 
 
 def note_versions(
-    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, trains: bool = True
+    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, train: Dataset | None
 ) -> None:
     """Leaves what a run began with; says what is another now, and adds it to the record.
 
@@ -222,14 +223,18 @@ def note_versions(
         workdir: the run's.
         checkpoints: of the run, which has begun if there are any.
         stages: for the record.
-        trains: whether the number of replicas matters.
+        train: what is trained on; None where nothing is.
     """
     path = workdir / "versions.json"
-    packages = "tensorflow keras keras-cv tensorflow-datasets numpy scikit-image scikit-learn"
+    packages = (
+        "tensorflow keras keras-cv tensorflow-datasets numpy pillow scikit-image scikit-learn"
+    )
     now = {name: importlib.metadata.version(name) for name in packages.split()}
     now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
-    if trains:
+    if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
+    if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
+        now["random crops by"] = random_crops_by()
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return

@@ -173,6 +173,14 @@ def test_pillows_crops_are_the_graphs_but_for_a_level(image, box, size):
     assert np.abs(ours - of_graph).mean() <= 0.05
 
 
+def test_pillows_crops_of_noise_differ_by_two_levels_at_most():
+    """Where many sums lie halfway between two levels, both axes' roundings can add up."""
+    ours = pillow_crops.resize_box(Image.fromarray(NOISE), (0, 0, 64, 64), 224).astype(int)
+    of_graph = crops.resize_boxes(batch(NOISE), tf.constant([[(0, 0, 64, 64)]]), 224)[0][0].numpy()
+    assert 0 < np.abs(ours - of_graph).max() <= 2
+    assert np.abs(ours - of_graph).mean() <= 0.1
+
+
 def test_pillow_cuts_a_large_box_in_parts(monkeypatch):
     image, box = Image.fromarray(PHOTO), (5, 10, 100, 120)
     whole = pillow_crops.resize_box(image, box, 40)

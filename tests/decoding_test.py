@@ -58,12 +58,12 @@ def see(images, unreadable=None, read=bytes, attempts=None):
     numbers = tf.range(len(images), dtype=tf.int64)
 
     def load(_):
-        def candidates(attempt):
+        def candidates(which, attempt):
             named = tf.strings.join(
-                ["image ", tf.strings.as_string(numbers), ".", tf.strings.as_string(attempt)]
+                ["image ", tf.strings.as_string(which), ".", tf.strings.as_string(attempt)]
             )
-            own = sources[:, attempt]
-            return own, named if read is bytes else own, 10 * numbers + attempt
+            own = tf.gather(sources, which)[:, attempt]
+            return own, named if read is bytes else own, 10 * which + attempt
 
         return decoding.see_first_readable(
             candidates,
@@ -122,6 +122,31 @@ def test_each_image_of_a_group_goes_on_to_its_own_first_readable_candidate():
     of_last_two = {"image 2.0", "image 3.0", "image 3.1", "image 3.2"}
     assert unreadable.names == {"image 1.0", "image 1.1", *of_last_two} and not at_once
     assert see([[png, b""], [OTHER_PNG, b""]])[-1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "attempts", "label"),
+    [([b"", b"x", FORMS["png"], b""], 4, 2), ([b"", b"x", FORMS["png"]], 2, None)],
+)
+def test_a_graph_gets_the_first_readable_image_or_an_empty_one(candidates, attempts, label):
+    unreadable, sources = decoding.Unreadable(9, 1.0), tf.constant(candidates)
+
+    def load(_):
+        return decoding.decode_first_readable(
+            lambda attempt: (sources[attempt], tf.strings.as_string(attempt), attempt),
+            bytes,
+            attempts,
+            unreadable,
+            tf.constant(5, tf.int64),
+        )
+
+    image, found = tf.data.Dataset.range(1).map(load).get_single_element()
+    if label is None:
+        assert image.shape == (0, 0, 3)
+    else:
+        np.testing.assert_array_equal(image, SCENE)
+        assert found == label
+    assert unreadable.names == {"0", "1"} and not unreadable.met_before(5)
 
 
 def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import isd_tf
+from isd_tf.data.readers import random_crops_by
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -402,17 +403,21 @@ def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to
     path = tmp_path / "run" / "versions.json"
     began = json.loads(path.read_text())
     assert began["replicas"] == 1 and began["keras"] == keras.__version__
-    began |= {"keras": "3.0.0", "replicas": 2}
+    crops = random_crops_by()
+    assert began["random crops by"] == crops
+    began |= {"keras": "3.0.0", "replicas": 2, "random crops by": "hand"}
     path.write_text(json.dumps(began))
     now = f"keras 3.0.0 then, {keras.__version__} now"
     for stages in ("evaluate", "pretrain"):
         call(*small_run(photos, tmp_path / "run"), f"--stages={stages}", "--evaluations=curves")
-        replicas = ", replicas 2 then, 1 now" if stages == "pretrain" else ""
-        assert f"Not as when the run began: {now}{replicas}. " in capsys.readouterr().out
+        of_training = f", replicas 2 then, 1 now, random crops by hand then, {crops} now"
+        expected = f"{now}{of_training if stages == 'pretrain' else ''}"
+        assert f"Not as when the run began: {expected}. " in capsys.readouterr().out
     record = json.loads(path.read_text())
     later = {"after_step": STEPS, "keras": keras.__version__}
     assert record.pop("later") == [
-        later | {"stages": "evaluate"}, later | {"stages": "pretrain", "replicas": 1}
+        later | {"stages": "evaluate"},
+        later | {"stages": "pretrain", "replicas": 1, "random crops by": crops},
     ]  # fmt: skip
     assert record == began
 

@@ -160,8 +160,10 @@ def open_readable(
         place: where in the order of reading the image is wanted.
 
     Returns:
-        An upright image in mode RGB; None where it cannot be read.
+        An upright image in mode RGB; None where it cannot be read, and while the program ends.
     """
+    if is_ending():
+        return None
     name = os.fsdecode(name)
     try:
         return pixels.open_image(read(source), shown(name), unreadable.max_pixels)
@@ -209,7 +211,7 @@ def decode_first_readable(
 
 
 def see_first_readable(
-    candidates: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+    candidates: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
     read: Callable[[bytes], bytes],
     see: Callable[[Image.Image, np.ndarray], Sequence[np.ndarray]],
     nothing: Sequence[tf.Tensor],
@@ -221,7 +223,8 @@ def see_first_readable(
     """Sees what is wanted of the first of each of n images' candidates that can be read.
 
     Args:
-        candidates: attempt number (int64 scalar) to the sources, names and labels [n] of n images.
+        candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
+            sources, names and labels, each [m].
         read, unreadable: as in `open_readable`.
         see: image and draws [...] to what is seen of it, V arrays.
         nothing: V tensors [0, ...], of the types and shapes of what is seen.
@@ -236,12 +239,17 @@ def see_first_readable(
 
     of_each = tf.TensorShape([None])
     shapes = tuple(tf.TensorShape([None, *x.shape[1:]]) for x in nothing)
+    types = tuple(x.dtype for x in nothing)
+    images = tf.range(tf.size(places, tf.int64))
 
     def see_wanted(sources, names, places, draws, wanted):
-        seen = [np.zeros([len(places), *x.shape[1:]], x.dtype.as_numpy_dtype) for x in nothing]
+        seen = [
+            np.zeros([len(places), *shape[1:]], dtype.as_numpy_dtype)
+            for shape, dtype in zip(shapes, types, strict=True)
+        ]
         found = np.zeros(len(places), bool)
 
-        def see_image(i):
+        def see_image(i):  # Of its own, so that its image is gone before the next is opened.
             image = open_readable(read, unreadable, sources[i], names[i], int(places[i]))
             if image is not None:
                 found[i] = True
@@ -249,16 +257,15 @@ def see_first_readable(
                     of_all[i] = of_one
 
         for i in np.flatnonzero(wanted):
-            if is_ending():  # And nobody takes them.
-                found[:] = True
-                break
             see_image(i)
+        if is_ending():  # Nobody takes them, so none need be searched for in later attempts.
+            found[:] = True
         return *seen, found
 
     def attempt(number, wanted):
-        sources, names, labels = candidates(number)
-        types = [*(x.dtype for x in nothing), tf.bool]
-        *seen, found = call_python(see_wanted, [sources, names, places, draws, wanted], types)
+        sources, names, labels = candidates(images, number)
+        inputs = [sources, names, places, draws, wanted]
+        *seen, found = call_python(see_wanted, inputs, [*types, tf.bool])
         seen = tuple(map(tf.ensure_shape, seen, shapes))
         return seen, labels, tf.ensure_shape(found, of_each)
 

@@ -1,7 +1,8 @@
 """Encoded images to pixels inside a TensorFlow graph, where there is no Python.
 
-For a tf.data service's workers, for serving, and for hosts of many cores, where Python's lock would
-hold Pillow up. What every format means is said in `pixels`; here the same comes of it, or an error.
+For serving, for evaluations, whose features shall be those of a served model, for a tf.data
+service's workers, and for training where Python's lock would hold Pillow up. What every format
+means is said in `pixels`; here the same comes of it, or an error.
 """
 
 import functools

@@ -36,8 +36,9 @@ STREAM_CANDIDATES = 4
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# Pillow makes a pair of crops in two thirds of the graph's time. But a tenth of its own it holds
-# Python's lock, which one thread has at a time: from so many cores on the graph is faster.
+# Pillow makes a pair of crops in two thirds of the graph's time. But for a tenth of it or more it
+# holds Python's lock, which one thread has at a time, and the training needs too: from about so
+# many cores on the graph should be faster, by reckoning. It was measured on two cores alone.
 GRAPH_CORES = 8
 
 
@@ -135,7 +136,9 @@ def _record_groups(dataset, look, unreadable):
     sources = mapped(records, functools.partial(_source_of_record, dataset))
 
     def look_at_group(numbers, group):  # [n], three of [n]
-        candidates = lambda attempt: group  # noqa: E731
+        def candidates(which, attempt):
+            return [tf.gather(part, which) for part in group]
+
         return numbers, *_look_at_group(look, numbers, candidates, dataset, 1, unreadable)
 
     groups = sources.enumerate().batch(GROUP)
@@ -148,8 +151,12 @@ def _file_groups(dataset, look, unreadable):
 
     def of_group(group):
         numbers = tf.range(GROUP * group, tf.minimum(GROUP * (group + 1), len(dataset)))
-        own_paths, own_labels = tf.gather(paths, numbers), tf.gather(labels, numbers)
-        return numbers, lambda attempt: (own_paths, own_paths, own_labels)
+
+        def candidates(which, attempt):
+            own = tf.gather(numbers, which)
+            return tf.gather(paths, own), tf.gather(paths, own), tf.gather(labels, own)
+
+        return numbers, candidates
 
     if _is_for_pillow(look, unreadable):
 
@@ -201,9 +208,14 @@ def _group_size(unreadable):
     return 1 if unreadable.in_service else GROUP
 
 
+def random_crops_by() -> str:
+    """Who makes random crops of files and records on this host: "Pillow" or "graph"."""
+    return "Pillow" if _cores() < GRAPH_CORES else "graph"
+
+
 def _is_for_pillow(look, unreadable):
-    """Whether Pillow looks at files and records, or the graph."""
-    return isinstance(look, RandomCrops) and not unreadable.in_service and _cores() < GRAPH_CORES
+    by_pillow = random_crops_by() == "Pillow"
+    return by_pillow and isinstance(look, RandomCrops) and not unreadable.in_service
 
 
 def _calls_at_a_time(look, unreadable):
@@ -244,7 +256,7 @@ def _look_at_group(look, places, candidates, dataset, attempts, unreadable):
     Args:
         look: what to see of an image.
         places: int64 [n], of the images in the order of reading.
-        candidates: number of an attempt to sources, names and labels [n].
+        candidates: as in `see_first_readable`.
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
         attempts, unreadable: as in `see_first_readable`. A data service's workers have no Python:
             there every image must be readable.
@@ -291,7 +303,8 @@ def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
     draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    sources, names, labels = candidates(tf.constant(0, tf.int64))
+    numbers = tf.range(tf.size(places, tf.int64))
+    sources, names, labels = candidates(numbers, tf.constant(0, tf.int64))
 
     def look_at(i):
         encoded = tf.io.read_file(sources[i]) if is_file else sources[i]
@@ -301,7 +314,7 @@ def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
 
     def look_at_first_readable(i):
         image, label = decode_first_readable(
-            lambda attempt: [part[i] for part in candidates(attempt)],
+            lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
             _read(dataset),
             attempts,
             unreadable,
@@ -316,14 +329,14 @@ def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
         return tuple(x[0] for x in seen), label, readable
 
     def each():
-        count = tf.size(places, tf.int64)
         if unreadable.in_service:
+            count = tf.size(numbers)
             message = [UNREADABLE_IN_SERVICE, names[0]]
             with tf.control_dependencies([tf.debugging.Assert(False, message)]):
                 views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
                 return views, tf.zeros([count], tf.int64), tf.fill([count], False)
         types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
-        return tf.map_fn(look_at_first_readable, tf.range(count), fn_output_signature=types)
+        return tf.map_fn(look_at_first_readable, numbers, fn_output_signature=types)
 
     return look_at, each
 
@@ -422,11 +435,10 @@ def _file_images(dataset, order, look, unreadable):
         return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
 
     def look_at_group(places):  # [n]
-        def candidates(attempt):
+        def candidates(which, attempt):
             # What cannot be read gives way to the next image in the epoch's order.
-            rows = order.images_at(places, attempt)
-            own_paths = tf.gather(paths, rows)
-            return own_paths, own_paths, tf.gather(labels, rows)
+            rows = order.images_at(tf.gather(places, which), attempt)
+            return tf.gather(paths, rows), tf.gather(paths, rows), tf.gather(labels, rows)
 
         count = len(dataset)
         return places, *_look_at_group(look, places, candidates, dataset, count, unreadable)
@@ -468,10 +480,10 @@ def _record_images(dataset, order, look, unreadable):
         return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
     def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
-        def candidates(attempt):
+        def candidates(which, attempt):
             return tf.map_fn(
                 lambda record: _source_of_record(dataset, *record),
-                [part[:, attempt] for part in group],
+                [tf.gather(part, which)[:, attempt] for part in group],
                 fn_output_signature=(tf.string, tf.string, tf.int64),
             )
 

@@ -14,10 +14,12 @@ Source: paper section 4; UMBCvision/ISD train_isd_plus.py:260-286 and eval_linea
 UMBCvision/CompRess train_student_one_queue.py; torchvision.transforms.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla  # Nothing public has its barrier.
 
 from isd_tf.views import crops
 from isd_tf.views.photometric import (
@@ -29,10 +31,10 @@ from isd_tf.views.photometric import (
 )
 
 
-def finish_strong(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+def finish_strong(images: tf.Tensor, seeds: tf.Tensor, in_memory=tf.identity) -> tf.Tensor:
     """The strong view's part after the crop: images [B, S, S, 3] and seeds [B, 2] to views."""
     views = color_jitter_and_grayscale(to_unit_range(images), seeds)
-    views = random_gaussian_blur(views, seeds)
+    views = random_gaussian_blur(views, seeds, in_memory=in_memory)
     return normalize(random_horizontal_flip(views, seeds))
 
 
@@ -54,8 +56,20 @@ RECIPES = {
     "crop": Recipe((0.08, 1.0), finish_weak),
 }
 
+
+def _in_memory(x):
+    return xla.optimization_barrier(x)[0]
+
+
 # One program for a recipe, a batch's shape and a device.
-_COMPILED = {name: tf.function(recipe.finish, jit_compile=True) for name, recipe in RECIPES.items()}
+_COMPILED = {
+    name: tf.function(finish, jit_compile=True)
+    for name, finish in {
+        "strong": functools.partial(finish_strong, in_memory=_in_memory),
+        "weak": finish_weak,
+        "crop": finish_weak,
+    }.items()
+}
 
 
 def finish(view: tf.Tensor | dict[str, tuple[tf.Tensor, tf.Tensor]]) -> tf.Tensor:

@@ -8,11 +8,11 @@ Images are float32 [B, H, W, 3] in [0, 1]; seeds are int64 [B, 2], one row an im
 work on the three channels apart, [B, H, W] each, which processors do several times faster.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python import xla  # Nothing public has its barrier.
 
 from isd_tf.views.randomness import Stream, between, uniforms
 
@@ -172,6 +172,7 @@ def random_gaussian_blur(
     seeds: tf.Tensor,
     rate: float = 0.5,
     sigma: tuple[float, float] = (0.1, 2.0),
+    in_memory: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
 ) -> tf.Tensor:
     """Blurs a share of the images by Gaussians with edges extended, as Pillow extends them.
 
@@ -180,6 +181,7 @@ def random_gaussian_blur(
         seeds: int64 [B, 2].
         rate: share of the images that are blurred.
         sigma: range of the Gaussian's deviation in pixels, uniform.
+        in_memory: as in `blur`.
 
     Returns:
         float32 [B, H, W, 3] in [0, 1].
@@ -187,7 +189,7 @@ def random_gaussian_blur(
     draws = uniforms(seeds, Stream.BLUR, 2)
     weights = gaussian_weights(between(draws[:, 1], *sigma))
     nothing = [1.0 if offset == 0 else 0.0 for offset in range(BLUR_RADIUS + 1)]
-    return blur(images, tf.where(draws[:, :1] < rate, weights, nothing))
+    return blur(images, tf.where(draws[:, :1] < rate, weights, nothing), in_memory)
 
 
 def gaussian_weights(sigmas: tf.Tensor) -> tf.Tensor:
@@ -197,17 +199,22 @@ def gaussian_weights(sigmas: tf.Tensor) -> tf.Tensor:
     return weights / (2 * tf.reduce_sum(weights, axis=1, keepdims=True) - weights[:, :1])
 
 
-@tf.function(jit_compile=True, autograph=False)
-def blur(images: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Averages images [B, H, W, 3] along both axes by `weights` as of `gaussian_weights`."""
+def blur(
+    images: tf.Tensor,
+    weights: tf.Tensor,
+    in_memory: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+) -> tf.Tensor:
+    """Averages images [B, H, W, 3] along both axes by `weights` as of `gaussian_weights`.
+
+    A compiler can be told by `in_memory` what to compute once: else XLA looks, at each of the
+    thirteen uses of a pixel, whether it is of the image or extends its edge.
+    """
     channels = tf.concat(tf.unstack(images, axis=3), axis=0)  # [3B, H, W]
     weights = tf.unstack(tf.tile(weights, [3, 1])[..., tf.newaxis, tf.newaxis], axis=1)
     for axis in (1, 2):
         first, last = _cut(channels, axis, 0, 1), _cut(channels, axis, channels.shape[axis] - 1, 1)
         first, last = (tf.repeat(edge, BLUR_RADIUS, axis) for edge in (first, last))
-        # Behind the barrier it stands in memory. Else XLA looks, at each of the thirteen uses of a
-        # pixel, which of the three parts holds it.
-        (extended,) = xla.optimization_barrier(tf.concat([first, channels, last], axis))
+        extended = in_memory(tf.concat([first, channels, last], axis))
         shifted = [
             _cut(extended, axis, start, channels.shape[axis])
             for start in range(2 * BLUR_RADIUS + 1)

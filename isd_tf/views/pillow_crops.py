@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from isd_tf.views.crops import AREA, ASPECT, ATTEMPTS, PART_PIXELS
+from isd_tf.views.crops import ASPECT, ATTEMPTS, PART_PIXELS
 from isd_tf.views.randomness import between
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -21,20 +21,19 @@ def crop_box(
     draws: Sequence[float],
     height: int,
     width: int,
-    area: tuple[float, float] = AREA,
-    aspect: tuple[float, float] = ASPECT,
+    area: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """Chooses the box that `crops.crop_boxes` chooses.
 
     Args:
         draws: 22 numbers, of `crops.crop_draws`.
         height, width: of the image in pixels.
-        area, aspect: as in `crops.random_resized_crop`.
+        area: as in `crops.random_resized_crop`.
 
     Returns:
         top, left, height and width in pixels.
     """
-    log_aspect = tuple(map(math.log, aspect))
+    log_aspect = tuple(map(math.log, ASPECT))
     for attempt in range(ATTEMPTS):
         pixels = height * width * between(draws[attempt], *area)
         ratio = math.exp(between(draws[ATTEMPTS + attempt], *log_aspect))
@@ -43,8 +42,8 @@ def crop_box(
             top = int(draws[-2] * (height - box_height + 1))
             left = int(draws[-1] * (width - box_width + 1))
             return top, left, box_height, box_width
-    box_height = min(height, round(width / aspect[0]))
-    box_width = min(width, round(height * aspect[1]))
+    box_height = min(height, round(width / ASPECT[0]))
+    box_width = min(width, round(height * ASPECT[1]))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
@@ -62,9 +61,8 @@ def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
     top, left, height, width = box
     # Across first, as the graph does; Pillow alone goes the faster way, and rounds otherwise.
     narrow = Image.new("RGB", (size, height))
-    rows = max(
-        PART_PIXELS // width, 1
-    )  # A copy of a large box would take the image's memory again.
+    # A copy of a large box would take as much memory as the image.
+    rows = max(PART_PIXELS // width, 1)
     for first in range(0, height, rows):
         last = min(first + rows, height)
         part = image.crop((left, top + first, left + width, top + last))
