@@ -59,12 +59,18 @@ def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
         uint8 [S, S, 3].
     """
     top, left, height, width = box
+
     # Across first, as the graph does; Pillow alone goes the faster way, and rounds otherwise.
-    narrow = Image.new("RGB", (size, height))
+    def across(first, last):
+        part = image.crop((left, top + first, left + width, top + last))
+        return part.resize((size, last - first), BILINEAR)
+
     # A copy of a large box would take as much memory as the image.
     rows = max(PART_PIXELS // width, 1)
-    for first in range(0, height, rows):
-        last = min(first + rows, height)
-        part = image.crop((left, top + first, left + width, top + last))
-        narrow.paste(part.resize((size, last - first), BILINEAR), (0, first))
+    if rows >= height:
+        narrow = across(0, height)
+    else:
+        narrow = Image.new("RGB", (size, height))
+        for first in range(0, height, rows):
+            narrow.paste(across(first, min(first + rows, height)), (0, first))
     return np.asarray(narrow.resize((size, size), BILINEAR))
