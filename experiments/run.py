@@ -422,7 +422,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
         stages = ",".join(FLAGS.stages)
         trains = "pretrain" in FLAGS.stages
-        workdirs.note_versions(workdir, checkpoints, stages, train if trains else None)
+        train = train if trains else None
+        workdirs.note_versions(workdir, checkpoints, stages, train, bool(FLAGS.data_service))
 
 
 def require_same_run(workdir, train):

@@ -29,6 +29,7 @@ INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
 METRICS = "metrics.jsonl"
 LEFT_OUT = "not_read.txt"
+CROPS_BY = "random crops by"
 IMAGES = "images.npy"
 
 
@@ -215,7 +216,11 @@ def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
 
 
 def note_versions(
-    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, train: Dataset | None
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    stages: str,
+    train: Dataset | None,
+    in_service: bool = False,
 ) -> None:
     """Leaves what a run began with; says what is another now, and adds it to the record.
 
@@ -224,6 +229,7 @@ def note_versions(
         checkpoints: of the run, which has begun if there are any.
         stages: for the record.
         train: what is trained on; None where nothing is.
+        in_service: whether a data service reads it.
     """
     path = workdir / "versions.json"
     packages = (
@@ -234,15 +240,18 @@ def note_versions(
     if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
     if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
-        now["random crops by"] = random_crops_by()
+        now[CROPS_BY] = random_crops_by(in_service)
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return
     record = read_json(path)
-    others = {name: value for name, value in now.items() if record.get(name, value) != value}
+    then = {name: record.get(name, value) for name, value in now.items()}
+    if CROPS_BY in now:  # Runs that do not say so began when it was always the graph.
+        then[CROPS_BY] = record.get(CROPS_BY, "graph")
+    others = {name: value for name, value in now.items() if then[name] != value}
     if not others:
         return
-    differ = ", ".join(f"{name} {record[name]} then, {value} now" for name, value in others.items())
+    differ = ", ".join(f"{name} {then[name]} then, {value} now" for name, value in others.items())
     program.say(
         f"Not as when the run began: {differ}. The bits may differ from those of an unbroken run."
     )

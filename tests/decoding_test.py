@@ -65,7 +65,7 @@ def see(images, unreadable=None, read=bytes, attempts=None):
             own = tf.gather(sources, which)[:, attempt]
             return own, named if read is bytes else own, 10 * which + attempt
 
-        return decoding.see_first_readable(
+        return decoding.look_at_first_readable(
             candidates,
             read,
             lambda image, draws: [np.asarray(image), draws],

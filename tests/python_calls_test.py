@@ -36,6 +36,28 @@ def train():
         kept = error
 train()
 """,
+    # Which then gets an error.
+    "while a thread takes batches": """
+import threading
+thread = threading.Thread(target=list, args=(slowly,), daemon=True)
+thread.start()
+time.sleep(1)
+""",
+    # Though someone turns Python's own collection on; and a fork has it back.
+    "with its garbage collected": """
+import gc, os, weakref
+class Holder:
+    pass
+taken, holder = begin(), Holder()
+holder.itself, dead = holder, weakref.ref(holder)
+gc.enable()
+del holder
+while dead() or gc.isenabled():
+    next(taken)
+if not os.fork():
+    os._exit(0 if gc.isenabled() else 1)
+assert os.wait()[1] == 0
+""",
 }
 
 
@@ -45,8 +67,9 @@ def test_a_program_ends_while_functions_are_called(ending):
         [sys.executable, "-c", PIPELINE + ENDINGS[ending] + "\nprint('end')"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     by_error = ending == "by an error"
     assert result.returncode == by_error, result.stderr
     assert ("end" in result.stdout) != by_error
+    assert "Reading does not end" not in result.stderr

@@ -17,7 +17,7 @@ from PIL import Image
 
 from isd_tf.data import pixels
 from isd_tf.data.folders import shown
-from isd_tf.data.python_calls import call_python, is_ending
+from isd_tf.data.python_calls import call_python
 
 # What a data service's worker says, in whose process nothing can be counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
@@ -160,10 +160,8 @@ def open_readable(
         place: where in the order of reading the image is wanted.
 
     Returns:
-        An upright image in mode RGB; None where it cannot be read, and while the program ends.
+        An upright image in mode RGB; None where it cannot be read.
     """
-    if is_ending():
-        return None
     name = os.fsdecode(name)
     try:
         return pixels.open_image(read(source), shown(name), unreadable.max_pixels)
@@ -210,23 +208,23 @@ def decode_first_readable(
     return image, label
 
 
-def see_first_readable(
+def look_at_first_readable(
     candidates: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
     read: Callable[[bytes], bytes],
-    see: Callable[[Image.Image, np.ndarray], Sequence[np.ndarray]],
+    look: Callable[[Image.Image, np.ndarray], Sequence[np.ndarray]],
     nothing: Sequence[tf.Tensor],
     attempts: int,
     unreadable: Unreadable,
     places: tf.Tensor,
     draws: tf.Tensor,
 ) -> tuple[tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Sees what is wanted of the first of each of n images' candidates that can be read.
+    """Looks, for each of n images, at the first of its candidates that can be read.
 
     Args:
         candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
             sources, names and labels, each [m].
         read, unreadable: as in `open_readable`.
-        see: image and draws [...] to what is seen of it, V arrays.
+        look: image and draws [...] to what is seen of it, V arrays.
         nothing: V tensors [0, ...], of the types and shapes of what is seen.
         attempts: how many candidates each image has.
         places: int64 [n], where in the order of reading the images are wanted.
@@ -242,30 +240,28 @@ def see_first_readable(
     types = tuple(x.dtype for x in nothing)
     images = tf.range(tf.size(places, tf.int64))
 
-    def see_wanted(sources, names, places, draws, wanted):
+    def look_at_wanted(sources, names, places, draws, wanted):
         seen = [
             np.zeros([len(places), *shape[1:]], dtype.as_numpy_dtype)
             for shape, dtype in zip(shapes, types, strict=True)
         ]
         found = np.zeros(len(places), bool)
 
-        def see_image(i):  # Of its own, so that its image is gone before the next is opened.
+        def look_at_image(i):  # Of its own, so that its image is gone before the next is opened.
             image = open_readable(read, unreadable, sources[i], names[i], int(places[i]))
             if image is not None:
                 found[i] = True
-                for of_all, of_one in zip(seen, see(image, draws[i]), strict=True):
+                for of_all, of_one in zip(seen, look(image, draws[i]), strict=True):
                     of_all[i] = of_one
 
         for i in np.flatnonzero(wanted):
-            see_image(i)
-        if is_ending():  # Nobody takes them, so none need be searched for in later attempts.
-            found[:] = True
+            look_at_image(i)
         return *seen, found
 
     def attempt(number, wanted):
         sources, names, labels = candidates(images, number)
         inputs = [sources, names, places, draws, wanted]
-        *seen, found = call_python(see_wanted, inputs, [*types, tf.bool])
+        *seen, found = call_python(look_at_wanted, inputs, [*types, tf.bool])
         seen = tuple(map(tf.ensure_shape, seen, shapes))
         return seen, labels, tf.ensure_shape(found, of_each)
 

@@ -20,7 +20,7 @@ from isd_tf.data.decoding import (
     UNREADABLE_IN_SERVICE,
     Unreadable,
     decode_first_readable,
-    see_first_readable,
+    look_at_first_readable,
 )
 from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
@@ -208,14 +208,13 @@ def _group_size(unreadable):
     return 1 if unreadable.in_service else GROUP
 
 
-def random_crops_by() -> str:
-    """Who makes random crops of files and records on this host: "Pillow" or "graph"."""
-    return "Pillow" if _cores() < GRAPH_CORES else "graph"
+def random_crops_by(in_service: bool = False) -> str:
+    """Who makes random crops of files and records, here or in a data service: Pillow or graph."""
+    return "Pillow" if _cores() < GRAPH_CORES and not in_service else "graph"
 
 
 def _is_for_pillow(look, unreadable):
-    by_pillow = random_crops_by() == "Pillow"
-    return by_pillow and isinstance(look, RandomCrops) and not unreadable.in_service
+    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == "Pillow"
 
 
 def _calls_at_a_time(look, unreadable):
@@ -224,10 +223,11 @@ def _calls_at_a_time(look, unreadable):
     return _cores() if _is_for_pillow(look, unreadable) else tf.data.AUTOTUNE
 
 
+@functools.cache  # One answer for all pipelines of a process.
 def _cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def _ended_beyond_limit(groups, unreadable):
@@ -256,10 +256,10 @@ def _look_at_group(look, places, candidates, dataset, attempts, unreadable):
     Args:
         look: what to see of an image.
         places: int64 [n], of the images in the order of reading.
-        candidates: as in `see_first_readable`.
+        candidates: as in `look_at_first_readable`.
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as in `see_first_readable`. A data service's workers have no Python:
-            there every image must be readable.
+        attempts, unreadable: as there. A data service's workers have no Python: every image must be
+            readable then.
 
     Returns:
         For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
@@ -267,7 +267,7 @@ def _look_at_group(look, places, candidates, dataset, attempts, unreadable):
     """
     if _is_for_pillow(look, unreadable):
         draws, read = look.draws(places), _read(dataset)
-        return see_first_readable(
+        return look_at_first_readable(
             candidates, read, look.by_pillow, look.nothing, attempts, unreadable, places, draws
         )
     look_at, each = _ways_to_look(look, places, candidates, dataset, attempts, unreadable)
@@ -312,7 +312,7 @@ def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
         seen = look(image[tf.newaxis], draws[i][tf.newaxis])
         return tuple(x[0] for x in seen), labels[i]
 
-    def look_at_first_readable(i):
+    def look_at_readable(i):
         image, label = decode_first_readable(
             lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
             _read(dataset),
@@ -336,7 +336,7 @@ def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
                 views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
                 return views, tf.zeros([count], tf.int64), tf.fill([count], False)
         types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
-        return tf.map_fn(look_at_first_readable, numbers, fn_output_signature=types)
+        return tf.map_fn(look_at_readable, numbers, fn_output_signature=types)
 
     return look_at, each
 

@@ -63,12 +63,13 @@ def _in_memory(x):
 
 # One program for a recipe, a batch's shape and a device.
 _COMPILED = {
-    name: tf.function(finish, jit_compile=True)
-    for name, finish in {
-        "strong": functools.partial(finish_strong, in_memory=_in_memory),
-        "weak": finish_weak,
-        "crop": finish_weak,
-    }.items()
+    name: tf.function(
+        functools.partial(finish_strong, in_memory=_in_memory)
+        if recipe.finish is finish_strong
+        else recipe.finish,
+        jit_compile=True,
+    )
+    for name, recipe in RECIPES.items()
 }
 
 

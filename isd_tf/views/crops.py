@@ -3,8 +3,8 @@
 The resize is Pillow's: bilinear, antialiased, one axis after the other, each rounded to levels of
 255; what lies outside a box does not count, as in torchvision. Weights are whole multiples of
 2^-15, so that all sums are exact in float32: the result does not depend on the processor, on its
-threads, or on what else is in a batch. Some pixels differ from Pillow's by a level, as both round
-twice by two at most.
+threads, or on what else is in a batch. Some pixels differ from Pillow's by a level; by two at
+most, as both round twice.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Pillow resizes in two thirds of the time of TensorFlow's graph. Boxes are the same. Pixels are whole
 numbers here too, which do not depend on the processor or on threads; some differ from the graph's
-by a level of 255, as both round twice by two at most.
+by a level of 255; by two at most, as both round twice.
 """
 
 import math
