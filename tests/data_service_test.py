@@ -158,6 +158,8 @@ def test_a_run_is_trained_and_evaluated(address, photos, tmp_path):
     arguments += ["--stages=pretrain,evaluate", "--knn_every_epochs=0"]
     result = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    # Whoever crops here.
+    assert json.loads((tmp_path / "versions.json").read_text())["random crops by"] == "graph"
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == STEPS // 2 and np.isfinite(results["loss"])
     assert 0 <= results["student_1nn"] <= 1

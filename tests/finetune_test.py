@@ -17,6 +17,7 @@ from small_runs import ROOT, assert_same_end, newest_weights, read_csv
 
 import isd_tf
 from isd_tf.data import datasets, photo_patches, subsets
+from isd_tf.finetuning.classifier import Classifier
 from isd_tf.training import checkpoints as checkpointing
 
 import finetune  # isort: skip
@@ -61,14 +62,14 @@ def noise(tmp_path_factory):
 
 
 def let_an_epoch_be_best(patch):
-    """Whatever an epoch makes of noise, the linear classifier's loss is higher."""
-    fit_head = finetune.fit_head
+    """Whatever the epochs make of noise, the first (0, linear) and the last of them are worse."""
+    keep_if_better = Classifier.keep_if_better
 
-    def fit_and_spoil(run, model):
-        fit_head(run, model)
-        model.best_loss.assign(99.0)
+    def keep_if_better_in_between(model, epoch, score):
+        worse = 99.0 if epoch in (0, 3) else 0.0
+        keep_if_better(model, epoch, score._replace(loss=score.loss + worse))
 
-    patch.setattr(finetune, "fit_head", fit_and_spoil)
+    patch.setattr(Classifier, "keep_if_better", keep_if_better_in_between)
 
 
 @pytest.fixture(scope="module")

@@ -166,10 +166,15 @@ def _file_groups(dataset, look, unreadable):
 
         calls = _calls_at_a_time(look, unreadable)
         return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls)
+    return _file_groups_by_graph(dataset, look, unreadable, groups, of_group)
 
-    # The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow. As
-    # `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
-    # inner one for each, which TensorFlow does not optimise: it takes twice the time.
+
+def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
+    """The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow.
+
+    As `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
+    inner one for each, which TensorFlow does not optimise: it takes twice the time.
+    """
     nothing = look.nothing, tf.zeros([0], tf.int64)
     types = tf.nest.map_structure(lambda x: x.dtype, nothing)
 
