@@ -70,11 +70,11 @@ def call_python(
 
 
 def _collect_elsewhere():
+    gc.disable()  # Before the lock, which the calls need whose end a found iterator waits for.
     with _calls.lock:
         _calls.is_new_pipeline = True
         if _calls.collector or _calls.ending.is_set():
             return
-        gc.disable()
         _calls.collector = threading.Thread(target=_collect, name="collector", daemon=True)
         _calls.collector.start()
 
