@@ -421,9 +421,8 @@ def begin_or_continue(workdir, checkpoints, data, initial):
             if teacher:
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
         stages = ",".join(FLAGS.stages)
-        trains = "pretrain" in FLAGS.stages
-        train = train if trains else None
-        workdirs.note_versions(workdir, checkpoints, stages, train, bool(FLAGS.data_service))
+        trained_on = train if "pretrain" in FLAGS.stages else None
+        workdirs.note_versions(workdir, checkpoints, stages, trained_on, bool(FLAGS.data_service))
 
 
 def require_same_run(workdir, train):
