@@ -6,7 +6,7 @@
 
 The parts of a step are those of TensorFlow's profiler, with its operations one after the other on
 all cores. The parts of a pair are differences: decoding alone, all that tf.data does, all of it;
-Pillow or the graph decodes and crops, as `readers` has it.
+Pillow or the graph decodes and crops, as `looks` has it.
 """
 
 import collections
@@ -30,7 +30,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import isd_tf
-from isd_tf.data import graph_decoder, pixels, python_calls, readers
+from isd_tf.data import graph_decoder, looks, pixels, python_calls
 
 PICTURE = pathlib.Path(__file__).parent.parent / "docs" / "performance.svg"
 STEPS = 5
@@ -110,7 +110,7 @@ def print_parts_of_a_pair():
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
         columns = []
         for decode, graph_cores in ((decode_by_pillow, 1000), (decode_by_graph, 0)):
-            readers.GRAPH_CORES = graph_cores
+            looks.GRAPH_CORES = graph_cores
             decoded = iter(paths.map(decode, race.CORES).batch(row.sizes["batch"]))
             parts = (
                 race.timed(lambda: next(decoded), row.sizes["batch"], 40, 5),  # noqa: B023

@@ -21,7 +21,7 @@ import isd_tf
 from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
-from isd_tf.data.readers import random_crops_by
+from isd_tf.data.looks import random_crops_by
 from isd_tf.training import cluster, initial_weights, metrics
 from isd_tf.training.checkpoints import Checkpoints
 

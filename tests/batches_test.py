@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from isd_tf.data import batches as batching
-from isd_tf.data import datasets, graph_decoder, readers
+from isd_tf.data import datasets, graph_decoder, looks
 from isd_tf.data.decoding import Unreadable, explaining
-from isd_tf.data.readers import GROUP
+from isd_tf.data.looks import GROUP
 from isd_tf.views import augment, crops, photometric
 
 N, SIZE = 23, 12
@@ -124,7 +124,7 @@ def assert_same_crops(ours, theirs, by_pillow):
 @pytest.fixture(params=["graph", "Pillow"])
 def way(request, monkeypatch):
     """Who crops what is trained on: for each a host of so many cores."""
-    monkeypatch.setattr(readers, "GRAPH_CORES", 0 if request.param == "graph" else 1000)
+    monkeypatch.setattr(looks, "GRAPH_CORES", 0 if request.param == "graph" else 1000)
     return request.param
 
 
@@ -188,7 +188,7 @@ def test_the_graph_and_pillow_make_the_same_batches(records, monkeypatch):
     """But for a level of 255 here and there."""
     made = []
     for graph_cores in (0, 1000):
-        monkeypatch.setattr(readers, "GRAPH_CORES", graph_cores)
+        monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
         made.append(cut_batches(records, 12))
     assert_same_crops(*made, by_pillow=True)
 
@@ -392,7 +392,7 @@ def test_a_large_photograph_takes_no_more_memory_than_is_promised(
         list(batching.evaluation_batches(among_others(path), SIZE, 7))
 
     def train_by(graph_cores, path):
-        monkeypatch.setattr(readers, "GRAPH_CORES", graph_cores)
+        monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
         take(among_others(path), 20, views=("weak", "weak"), batch=1)
 
     # Training last: its readers may be at work on the next epoch when it ends.

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import isd_tf
-from isd_tf.data import readers
+from isd_tf.data import looks
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -403,9 +403,9 @@ def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to
     path = tmp_path / "run" / "versions.json"
     began = json.loads(path.read_text())
     assert began["replicas"] == 1 and began["keras"] == keras.__version__
-    assert began.pop("random crops by") == readers.random_crops_by()
+    assert began.pop("random crops by") == looks.random_crops_by()
     # As a run that began before this was noted, when it was always the graph.
-    monkeypatch.setattr(readers, "GRAPH_CORES", 1000)
+    monkeypatch.setattr(looks, "GRAPH_CORES", 1000)
     began |= {"keras": "3.0.0", "replicas": 2}
     path.write_text(json.dumps(began))
     now = f"keras 3.0.0 then, {keras.__version__} now"

@@ -6,7 +6,7 @@ and the number of replicas and workers changes nothing: of each global batch a w
 own rows. For arrays and files this holds image by image; for streams of TFRecord files, of which
 every worker reads all records and decodes its own, as long as the shards and the STREAM_* constants
 stay the same. (Hosts with many cores and with few crop files differently, by a level of some
-pixels: see `readers`.) Only tf.data service (`data_service`) gives the order up.
+pixels: see `looks`.) Only tf.data service (`data_service`) gives the order up.
 """
 
 import time
@@ -17,17 +17,15 @@ import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled
 from isd_tf.data.decoding import REPLACED, Unreadable
-from isd_tf.data.readers import (
+from isd_tf.data.looks import (
     GROUP,
-    READERS,
     CentreCrop,
-    Order,
     RandomCrops,
     SizedCentreCrop,
     as_it_stands,
-    in_own_order,
     mapped,
 )
+from isd_tf.data.readers import READERS, Order, in_own_order
 from isd_tf.views import augment
 
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
@@ -42,7 +40,7 @@ class DataService(NamedTuple):
     """A tf.data service that prepares batches on other machines (experiments/data_service.py).
 
     Each batch is one that this machine would have made (bit for bit where it too would crop in the
-    graph, see `readers`), and none comes twice; but they come as they get ready, so that no two
+    graph, see `looks`), and none comes twice; but they come as they get ready, so that no two
     runs are the same. Of a stream of TFRecord files, each of the service's workers prepares another
     epoch. Batches are lost with a worker that ends, and a run that is continued sees some twice and
     some not at all.

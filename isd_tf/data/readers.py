@@ -1,11 +1,7 @@
-"""Readers: what a batch needs of arrays, files and records, image by image, in which order.
+"""Readers: the images of arrays, files and records in order, and what is seen of each.
 
-Each kind of dataset has a reader, which decodes its images and cuts the crops out of them, in the
-order of the training or in the dataset's own. `batches` makes batches of that. There are two ways:
-
-    Pillow               random crops of files and records, on hosts with few cores
-    TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
-                         at once; what it cannot decode, Pillow does
+Each kind of dataset has a reader in the order of the training and one in the dataset's own. What is
+seen, and by whom, is told by `looks`; `batches` makes batches of it.
 """
 
 import functools
@@ -16,91 +12,29 @@ import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, FileDataset, RecordDataset
-from isd_tf.data.decoding import (
-    UNREADABLE_IN_SERVICE,
-    Unreadable,
-    decode_first_readable,
-    look_at_first_readable,
+from isd_tf.data.decoding import Unreadable
+from isd_tf.data.graph_decoder import graph_formats
+from isd_tf.data.looks import (
+    GROUP,
+    as_it_stands,
+    calls_at_a_time,
+    group_size,
+    is_for_pillow,
+    look_at_images,
+    mapped,
+    unless_missed,
+    ways_to_look,
 )
-from isd_tf.data.graph_decoder import decode, graph_formats
-from isd_tf.data.pixels import read_file
 from isd_tf.data.python_calls import call_python
-from isd_tf.views import crops, pillow_crops
 
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
 # An unreadable record of a stream gives way to the readable one among so many that follow.
 STREAM_CANDIDATES = 4
-# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
-TFDS_FORMATS = ("JPEG", "PNG")
-# Images that are decoded one after the other, as one element of a dataset.
-GROUP = 16
-# Pillow makes a pair of crops in two thirds of the graph's time. But for a tenth of it or more it
-# holds Python's lock, which one thread has at a time, and the training needs too: from about so
-# many cores on the graph should be faster, by reckoning. It was measured on two cores alone.
-GRAPH_CORES = 8
 
 
-# --------------------------------------------------------------------- what is seen of an image
-
-
-class RandomCrops(NamedTuple):
-    """One random crop for each view, drawn from (seed of the view, place)."""
-
-    size: int
-    areas: tuple[tuple[float, float], ...]
-    view_seeds: tuple[int, ...]
-
-    @property
-    def nothing(self):
-        return tuple(tf.zeros([0, self.size, self.size, 3], tf.uint8) for _ in self.view_seeds)
-
-    def seeds(self, places):
-        """For each view int64 [n, 2] of places [n]."""
-        # Places count images over the whole training, so that no two views share a seed.
-        return [tf.stack([tf.zeros_like(places) + seed, places], 1) for seed in self.view_seeds]
-
-    def draws(self, places):  # [n]
-        return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
-
-    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
-        boxes = crops.crop_boxes(draws, images, self.areas)
-        return tuple(crops.resize_boxes(images, boxes, self.size))
-
-    def by_pillow(self, image, draws):  # [V, 22]
-        views = zip(draws.tolist(), self.areas, strict=True)
-        boxes = [pillow_crops.crop_box(own, image.height, image.width, area) for own, area in views]
-        return [pillow_crops.resize_box(image, box, self.size) for box in boxes]
-
-
-class CentreCrop(NamedTuple):
-    """The evaluation view's crop."""
-
-    size: int
-
-    @property
-    def nothing(self):
-        return (tf.zeros([0, self.size, self.size, 3], tf.uint8),)
-
-    def draws(self, places):
-        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
-
-    def __call__(self, images, draws):
-        return (crops.centre_crops(images, self.size),)
-
-
-class SizedCentreCrop(CentreCrop):
-    """The evaluation view's crop, and beside it int32 [n, 2], width and height of the image."""
-
-    @property
-    def nothing(self):
-        return *super().nothing, tf.zeros([0, 2], tf.int32)
-
-    def __call__(self, images, draws):
-        count, height, width = tf.unstack(tf.shape(images)[:3])
-        sizes = tf.tile([[width, height]], [count, 1])
-        return *super().__call__(images, draws), sizes
+# ------------------------------------------------------------------------ in the dataset's order
 
 
 def in_own_order(dataset, look, unreadable, batch_size):
@@ -139,10 +73,10 @@ def _record_groups(dataset, look, unreadable):
         def candidates(which, attempt):
             return [tf.gather(part, which) for part in group]
 
-        return numbers, *_look_at_group(look, numbers, candidates, dataset, 1, unreadable)
+        return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
     groups = sources.enumerate().batch(GROUP)
-    return groups.map(as_it_stands(look_at_group), _calls_at_a_time(look, unreadable))
+    return groups.map(as_it_stands(look_at_group), calls_at_a_time(look, unreadable))
 
 
 def _file_groups(dataset, look, unreadable):
@@ -158,13 +92,13 @@ def _file_groups(dataset, look, unreadable):
 
         return numbers, candidates
 
-    if _is_for_pillow(look, unreadable):
+    if is_for_pillow(look, unreadable):
 
         def look_at_group(group):
             numbers, candidates = of_group(group)
-            return numbers, *_look_at_group(look, numbers, candidates, dataset, 1, unreadable)
+            return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
-        calls = _calls_at_a_time(look, unreadable)
+        calls = calls_at_a_time(look, unreadable)
         return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls)
     return _file_groups_by_graph(dataset, look, unreadable, groups, of_group)
 
@@ -172,24 +106,24 @@ def _file_groups(dataset, look, unreadable):
 def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     """The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow.
 
-    As `_look_at_group` does it, but there is an outer dataset for all groups here instead of an
+    As `look_at_images` does it, but there is an outer dataset for all groups here instead of an
     inner one for each, which TensorFlow does not optimise: it takes twice the time.
     """
     nothing = look.nothing, tf.zeros([0], tf.int64)
     types = tf.nest.map_structure(lambda x: x.dtype, nothing)
 
-    def ways_to_look(group):
+    def ways_of_group(group):
         numbers, candidates = of_group(group)
-        return numbers, *_ways_to_look(look, numbers, candidates, dataset, 1, unreadable)
+        return numbers, *ways_to_look(look, numbers, candidates, dataset, 1, unreadable)
 
     def look_at_once(group):
-        numbers, look_at, _ = ways_to_look(group)
+        numbers, look_at, _ = ways_of_group(group)
         places = tf.range(tf.size(numbers, tf.int64))
         return group, tf.map_fn(look_at, places, fn_output_signature=types, parallel_iterations=1)
 
     def look_at_missed(group, seen_at_once):
-        numbers, _, each = ways_to_look(group)
-        return numbers, *_unless_missed(look, *seen_at_once, each)
+        numbers, _, each = ways_of_group(group)
+        return numbers, *unless_missed(look, *seen_at_once, each)
 
     def count(expected, found):
         group, _ = found
@@ -206,33 +140,6 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     counted = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(count))
     all_groups = counted.flat_map(as_it_stands(with_missed_before)).take(groups)
     return mapped(all_groups, look_at_missed)
-
-
-def _group_size(unreadable):
-    """Images that are looked at together; in a data service one, to name the unreadable one."""
-    return 1 if unreadable.in_service else GROUP
-
-
-def random_crops_by(in_service: bool = False) -> str:
-    """Who makes random crops of files and records, here or in a data service: Pillow or graph."""
-    return "Pillow" if _cores() < GRAPH_CORES and not in_service else "graph"
-
-
-def _is_for_pillow(look, unreadable):
-    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == "Pillow"
-
-
-def _calls_at_a_time(look, unreadable):
-    """Groups that are looked at side by side."""
-    # A number that TensorFlow chooses could grow while the program ends (see `python_calls`).
-    return _cores() if _is_for_pillow(look, unreadable) else tf.data.AUTOTUNE
-
-
-@functools.cache  # One answer for all pipelines of a process.
-def _cores():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _ended_beyond_limit(groups, unreadable):
@@ -253,102 +160,6 @@ def _ended_beyond_limit(groups, unreadable):
             return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
 
     return groups.map(as_it_stands(in_order))
-
-
-def _look_at_group(look, places, candidates, dataset, attempts, unreadable):
-    """What is seen of a few images.
-
-    Args:
-        look: what to see of an image.
-        places: int64 [n], of the images in the order of reading.
-        candidates: as in `look_at_first_readable`.
-        dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as there. A data service's workers have no Python: every image must be
-            readable then.
-
-    Returns:
-        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
-        whether all were read at once.
-    """
-    if _is_for_pillow(look, unreadable):
-        draws, read = look.draws(places), _read(dataset)
-        return look_at_first_readable(
-            candidates, read, look.by_pillow, look.nothing, attempts, unreadable, places, draws
-        )
-    look_at, each = _ways_to_look(look, places, candidates, dataset, attempts, unreadable)
-    count = tf.size(places, tf.int64)
-    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
-    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
-    at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
-    nothing = tf.data.Dataset.from_tensors((look.nothing, tf.zeros([0], tf.int64)))
-    readable = at_once.ignore_errors().concatenate(nothing).take(1)
-    return _unless_missed(look, *readable.get_single_element(), each)
-
-
-def _unless_missed(look, seen, labels, each):
-    """What the graph has seen of a group, or, where that is nothing, what `each` sees."""
-    all_at_once = tf.size(labels) > 0
-    seen, labels, readable = tf.cond(
-        all_at_once, lambda: (seen, labels, tf.fill([tf.size(labels)], True)), each
-    )
-    pairs = zip(seen, look.nothing, strict=True)
-    seen = tuple(tf.ensure_shape(x, [None, *empty.shape[1:]]) for x, empty in pairs)
-    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
-    return seen, labels, readable, all_at_once
-
-
-def _ways_to_look(look, places, candidates, dataset, attempts, unreadable):
-    """Two functions, with the arguments of `_look_at_group`.
-
-    Returns:
-        One by the graph, which fails where an image cannot be read: of a number, int64, the views
-        [S, S, 3] of that image, and its label. One by Pillow: of nothing, for each view
-        [n, S, S, 3], labels [n] and bool [n], whether any could be read.
-    """
-    draws = look.draws(places)
-    is_file = isinstance(dataset, FileDataset)
-    formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    numbers = tf.range(tf.size(places, tf.int64))
-    sources, names, labels = candidates(numbers, tf.constant(0, tf.int64))
-
-    def look_at(i):
-        encoded = tf.io.read_file(sources[i]) if is_file else sources[i]
-        image = decode(encoded, unreadable.max_pixels, formats)
-        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
-        return tuple(x[0] for x in seen), labels[i]
-
-    def look_at_readable(i):
-        image, label = decode_first_readable(
-            lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
-            _read(dataset),
-            attempts,
-            unreadable,
-            places[i],
-        )
-        readable = tf.size(image) > 0
-        seen = tf.cond(
-            readable,
-            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
-            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in look.nothing),
-        )
-        return tuple(x[0] for x in seen), label, readable
-
-    def each():
-        if unreadable.in_service:
-            count = tf.size(numbers)
-            message = [UNREADABLE_IN_SERVICE, names[0]]
-            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-                views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
-                return views, tf.zeros([count], tf.int64), tf.fill([count], False)
-        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
-        return tf.map_fn(look_at_readable, numbers, fn_output_signature=types)
-
-    return look_at, each
-
-
-def _read(dataset):
-    """What makes a source's encoded bytes; a record is them."""
-    return read_file if isinstance(dataset, FileDataset) else bytes
 
 
 # ---------------------------------------------------------------- images in the order of training
@@ -437,7 +248,7 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(group_size(unreadable))
 
     def look_at_group(places):  # [n]
         def candidates(which, attempt):
@@ -446,9 +257,9 @@ def _file_images(dataset, order, look, unreadable):
             return tf.gather(paths, rows), tf.gather(paths, rows), tf.gather(labels, rows)
 
         count = len(dataset)
-        return places, *_look_at_group(look, places, candidates, dataset, count, unreadable)
+        return places, *look_at_images(look, places, candidates, dataset, count, unreadable)
 
-    calls = _calls_at_a_time(look, unreadable)
+    calls = calls_at_a_time(look, unreadable)
     groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls)
     # Where none can be read, the limit ends the training.
     return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
@@ -492,7 +303,7 @@ def _record_images(dataset, order, look, unreadable):
                 fn_output_signature=(tf.string, tf.string, tf.int64),
             )
 
-        return places, *_look_at_group(
+        return places, *look_at_images(
             look, places, candidates, dataset, STREAM_CANDIDATES, unreadable
         )
 
@@ -503,8 +314,8 @@ def _record_images(dataset, order, look, unreadable):
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    groups = windows.batch(_group_size(unreadable))
-    groups = groups.map(as_it_stands(look_at_group), _calls_at_a_time(look, unreadable))
+    groups = windows.batch(group_size(unreadable))
+    groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(look, unreadable))
     return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
 
 
@@ -516,15 +327,6 @@ def _in_training(groups, order, unreadable):
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
-
-
-def mapped(dataset, function):
-    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
-
-
-def as_it_stands(function):
-    """Keeps AutoGraph from searching a function's source for loops, which takes seconds."""
-    return tf.autograph.experimental.do_not_convert(function)
 
 
 def _source_of_record(dataset, file, index, record):

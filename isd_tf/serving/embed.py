@@ -18,8 +18,8 @@ from isd_tf.data.batches import sized_batches
 from isd_tf.data.datasets import Dataset, FileDataset
 from isd_tf.data.decoding import Unreadable
 from isd_tf.data.folders import shown
+from isd_tf.data.looks import GROUP
 from isd_tf.data.pixels import MAX_PIXELS
-from isd_tf.data.readers import GROUP
 from isd_tf.serving.collection import SHARD_IMAGES, Collection, Shard, Skipped
 from isd_tf.serving.export import MODEL_CARD
 from isd_tf.serving.saved_encoder import SIGNATURE, open_saved_model

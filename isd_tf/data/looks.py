@@ -1,0 +1,223 @@
+"""Looks: what is seen of an image, its random crops or its centre, and who decodes and crops.
+
+There are two ways:
+
+    Pillow               random crops of files and records, on hosts with few cores
+    TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
+                         at once; what it cannot decode, Pillow does
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from isd_tf.data.datasets import FileDataset
+from isd_tf.data.decoding import (
+    UNREADABLE_IN_SERVICE,
+    decode_first_readable,
+    look_at_first_readable,
+)
+from isd_tf.data.graph_decoder import decode, graph_formats
+from isd_tf.data.pixels import read_file
+from isd_tf.views import crops, pillow_crops
+
+# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
+TFDS_FORMATS = ("JPEG", "PNG")
+# Images that are decoded one after the other, as one element of a dataset.
+GROUP = 16
+# Pillow makes a pair of crops in two thirds of the graph's time. But for a tenth of it or more it
+# holds Python's lock, which one thread has at a time, and the training needs too: from about so
+# many cores on the graph should be faster, by reckoning. It was measured on two cores alone.
+GRAPH_CORES = 8
+
+
+class RandomCrops(NamedTuple):
+    """One random crop for each view, drawn from (seed of the view, place)."""
+
+    size: int
+    areas: tuple[tuple[float, float], ...]
+    view_seeds: tuple[int, ...]
+
+    @property
+    def nothing(self):
+        return tuple(tf.zeros([0, self.size, self.size, 3], tf.uint8) for _ in self.view_seeds)
+
+    def seeds(self, places):
+        """For each view int64 [n, 2] of places [n]."""
+        # Places count images over the whole training, so that no two views share a seed.
+        return [tf.stack([tf.zeros_like(places) + seed, places], 1) for seed in self.view_seeds]
+
+    def draws(self, places):  # [n]
+        return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
+
+    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
+        boxes = crops.crop_boxes(draws, images, self.areas)
+        return tuple(crops.resize_boxes(images, boxes, self.size))
+
+    def by_pillow(self, image, draws):  # [V, 22]
+        views = zip(draws.tolist(), self.areas, strict=True)
+        boxes = [pillow_crops.crop_box(own, image.height, image.width, area) for own, area in views]
+        return [pillow_crops.resize_box(image, box, self.size) for box in boxes]
+
+
+class CentreCrop(NamedTuple):
+    """The evaluation view's crop."""
+
+    size: int
+
+    @property
+    def nothing(self):
+        return (tf.zeros([0, self.size, self.size, 3], tf.uint8),)
+
+    def draws(self, places):
+        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
+
+    def __call__(self, images, draws):
+        return (crops.centre_crops(images, self.size),)
+
+
+class SizedCentreCrop(CentreCrop):
+    """The evaluation view's crop, and beside it int32 [n, 2], width and height of the image."""
+
+    @property
+    def nothing(self):
+        return *super().nothing, tf.zeros([0, 2], tf.int32)
+
+    def __call__(self, images, draws):
+        count, height, width = tf.unstack(tf.shape(images)[:3])
+        sizes = tf.tile([[width, height]], [count, 1])
+        return *super().__call__(images, draws), sizes
+
+
+def random_crops_by(in_service: bool = False) -> str:
+    """Who makes random crops of files and records, here or in a data service: Pillow or graph."""
+    return "Pillow" if _cores() < GRAPH_CORES and not in_service else "graph"
+
+
+def is_for_pillow(look, unreadable):
+    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == "Pillow"
+
+
+def group_size(unreadable):
+    """Images that are looked at together; in a data service one, to name the unreadable one."""
+    return 1 if unreadable.in_service else GROUP
+
+
+def calls_at_a_time(look, unreadable):
+    """Groups that are looked at side by side."""
+    # A number that TensorFlow chooses could grow while the program ends (see `python_calls`).
+    return _cores() if is_for_pillow(look, unreadable) else tf.data.AUTOTUNE
+
+
+@functools.cache  # One answer for all pipelines of a process.
+def _cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def look_at_images(look, places, candidates, dataset, attempts, unreadable):
+    """What is seen of a few images.
+
+    Args:
+        look: what to see of an image.
+        places: int64 [n], of the images in the order of reading.
+        candidates: as in `look_at_first_readable`.
+        dataset: of the images. A source is a path, if it is of files, or else the file itself.
+        attempts, unreadable: as there. A data service's workers have no Python: every image must be
+            readable then.
+
+    Returns:
+        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
+        whether all were read at once.
+    """
+    if is_for_pillow(look, unreadable):
+        draws, read = look.draws(places), _read(dataset)
+        return look_at_first_readable(
+            candidates, read, look.by_pillow, look.nothing, attempts, unreadable, places, draws
+        )
+    look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
+    count = tf.size(places, tf.int64)
+    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
+    # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
+    at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
+    nothing = tf.data.Dataset.from_tensors((look.nothing, tf.zeros([0], tf.int64)))
+    readable = at_once.ignore_errors().concatenate(nothing).take(1)
+    return unless_missed(look, *readable.get_single_element(), each)
+
+
+def ways_to_look(look, places, candidates, dataset, attempts, unreadable):
+    """Two functions, with the arguments of `look_at_images`.
+
+    Returns:
+        One by the graph, which fails where an image cannot be read: of a number, int64, the views
+        [S, S, 3] of that image, and its label. One by Pillow: of nothing, for each view
+        [n, S, S, 3], labels [n] and bool [n], whether any could be read.
+    """
+    draws = look.draws(places)
+    is_file = isinstance(dataset, FileDataset)
+    formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
+    numbers = tf.range(tf.size(places, tf.int64))
+    sources, names, labels = candidates(numbers, tf.constant(0, tf.int64))
+
+    def look_at(i):
+        encoded = tf.io.read_file(sources[i]) if is_file else sources[i]
+        image = decode(encoded, unreadable.max_pixels, formats)
+        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
+        return tuple(x[0] for x in seen), labels[i]
+
+    def look_at_readable(i):
+        image, label = decode_first_readable(
+            lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
+            _read(dataset),
+            attempts,
+            unreadable,
+            places[i],
+        )
+        readable = tf.size(image) > 0
+        seen = tf.cond(
+            readable,
+            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
+            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in look.nothing),
+        )
+        return tuple(x[0] for x in seen), label, readable
+
+    def each():
+        if unreadable.in_service:
+            count = tf.size(numbers)
+            message = [UNREADABLE_IN_SERVICE, names[0]]
+            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
+                views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
+                return views, tf.zeros([count], tf.int64), tf.fill([count], False)
+        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
+        return tf.map_fn(look_at_readable, numbers, fn_output_signature=types)
+
+    return look_at, each
+
+
+def unless_missed(look, seen, labels, each):
+    """What the graph has seen of a group, or, where that is nothing, what `each` sees."""
+    all_at_once = tf.size(labels) > 0
+    seen, labels, readable = tf.cond(
+        all_at_once, lambda: (seen, labels, tf.fill([tf.size(labels)], True)), each
+    )
+    pairs = zip(seen, look.nothing, strict=True)
+    seen = tuple(tf.ensure_shape(x, [None, *empty.shape[1:]]) for x, empty in pairs)
+    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
+    return seen, labels, readable, all_at_once
+
+
+def _read(dataset):
+    """What makes a source's encoded bytes; a record is them."""
+    return read_file if isinstance(dataset, FileDataset) else bytes
+
+
+def mapped(dataset, function):
+    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
+
+
+def as_it_stands(function):
+    """Keeps AutoGraph from searching a function's source for loops, which takes seconds."""
+    return tf.autograph.experimental.do_not_convert(function)
