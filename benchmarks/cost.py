@@ -209,7 +209,11 @@ def draw(costs, images):
         medians, least, _ = zip(*points.values(), strict=True)
         panel.plot(list(points), least, marker="o")
         panel.fill_between(list(points), least, medians, alpha=0.3)
-        panel.set(xlabel=AXES[axis][0], xscale="log", ylim=(0, None))
+        panel.set(xlabel=AXES[axis][0], ylim=(0, None))
+        if axis == "queue_size":
+            panel.set_xscale("log")
+        else:
+            panel.set_xticks(list(points)[-4:])
     panels[0].set_ylabel("milliseconds a step")
     panels[3].plot(list(images), [rate for _, rate in images.values()], marker="o")
     panels[3].set(xlabel="images N", ylabel="pairs a second", xscale="log", ylim=(0, None))
