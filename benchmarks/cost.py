@@ -213,7 +213,7 @@ def draw(costs, images):
         if axis == "queue_size":
             panel.set_xscale("log")
         else:
-            panel.set_xticks(list(points)[-4:])
+            panel.set_xticks(list(points)[1:])  # The first two of B would overlap.
     panels[0].set_ylabel("milliseconds a step")
     panels[3].plot(list(images), [rate for _, rate in images.values()], marker="o")
     panels[3].set(xlabel="images N", ylabel="pairs a second", xscale="log", ylim=(0, None))

@@ -88,8 +88,8 @@ def passing_bytes(net: Sizes, queue: int, dimension: int, batch: int, side: int,
         # Where they are exchanged, also in one piece before and after.
         "gradients": 4 * net.trainable * (3 if replicas > 1 else 1),
         "anchors as read": 4 * queue * dimension,
-        # About seven at a time, by benchmarks/kl.py's 896 MB; streamed, 74 MB at b = 256.
-        "similarities": 290_000 * own if streamed else 7 * 4 * own * queue,
+        # About seven at a time, by benchmarks/kl.py's 863 MB; streamed, 85 MB at b = 256.
+        "similarities": 330_000 * own if streamed else 7 * 4 * own * queue,
         "crops and seeds": 2 * (crop + seed) * own,
         "views": 2 * view * own,
         # What arrives, put together, sorted by replica, and this replica's part of it.
@@ -154,7 +154,8 @@ NVLINK, ETHERNET, GRPC = 300e9, 12.5e9, 1.5e9
 IN_MACHINE, BETWEEN = 30e-6, 150e-6
 # A ring of 64 takes 2 * 63 hops to add up, here 0.15 ms each in a process and 0.75 between two.
 BETWEEN_GRPC = 126 * (7 / 8 * 0.15e-3 + 1 / 8 * 0.75e-3)
-GATHER_WAIT = 1.5  # small all-reduces, with the gather of shapes before it: measured here
+# Small sums, with the gather of shapes before it: 1.6 between logical devices, measured here.
+GATHER_WAIT = 1.5
 
 
 def step_seconds(

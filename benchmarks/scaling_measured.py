@@ -1,4 +1,4 @@
-"""Holds the formulas of scaling.py to what can be measured on a CPU, 4 minutes.
+"""Holds the formulas of scaling.py to what can be measured on a CPU, in 3 minutes.
 
     PYTHONPATH=. python benchmarks/scaling_measured.py
 
@@ -134,7 +134,7 @@ class Work:
 
         def make():
             *_, side, batch = SETTINGS["telling"]
-            # No variables: workers cannot tell each other the first value of one in uint8.
+            # No variables: TensorFlow cannot tell a uint8 one's first value to other workers.
             crops_and_seeds = random_crops(batch // self.strategy.num_replicas_in_sync, side)
 
             def shuffled():

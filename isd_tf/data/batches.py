@@ -17,15 +17,8 @@ import tensorflow as tf
 
 from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled
 from isd_tf.data.decoding import REPLACED, Unreadable
-from isd_tf.data.looks import (
-    GROUP,
-    CentreCrop,
-    RandomCrops,
-    SizedCentreCrop,
-    as_it_stands,
-    mapped,
-)
-from isd_tf.data.readers import READERS, Order, in_own_order
+from isd_tf.data.looks import GROUP, CentreCrop, RandomCrops, SizedCentreCrop, as_it_stands
+from isd_tf.data.readers import READERS, Order, in_own_order, mapped
 from isd_tf.views import augment
 
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.

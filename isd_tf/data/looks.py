@@ -1,6 +1,6 @@
 """Looks: what is seen of an image, its random crops or its centre, and who decodes and crops.
 
-There are two ways:
+Two decode and crop:
 
     Pillow               random crops of files and records, on hosts with few cores
     TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
@@ -98,11 +98,6 @@ def random_crops_by(in_service: bool = False) -> str:
 
 def is_for_pillow(look, unreadable):
     return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == "Pillow"
-
-
-def group_size(unreadable):
-    """Images that are looked at together; in a data service one, to name the unreadable one."""
-    return 1 if unreadable.in_service else GROUP
 
 
 def calls_at_a_time(look, unreadable):
@@ -212,10 +207,6 @@ def unless_missed(look, seen, labels, each):
 def _read(dataset):
     """What makes a source's encoded bytes; a record is them."""
     return read_file if isinstance(dataset, FileDataset) else bytes
-
-
-def mapped(dataset, function):
-    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
 
 
 def as_it_stands(function):

@@ -1,7 +1,7 @@
 """Readers: the images of arrays, files and records in order, and what is seen of each.
 
-Each kind of dataset has a reader in the order of the training and one in the dataset's own. What is
-seen, and by whom, is told by `looks`; `batches` makes batches of it.
+Each kind of dataset has a reader in the order of the training and one in the dataset's own. `looks`
+has what is seen of an image, and who decodes and crops it; `batches` makes batches of that.
 """
 
 import functools
@@ -18,10 +18,8 @@ from isd_tf.data.looks import (
     GROUP,
     as_it_stands,
     calls_at_a_time,
-    group_size,
     is_for_pillow,
     look_at_images,
-    mapped,
     unless_missed,
     ways_to_look,
 )
@@ -142,26 +140,6 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     return mapped(all_groups, look_at_missed)
 
 
-def _ended_beyond_limit(groups, unreadable):
-    """Ends the reading at the first group up to which too many images could not be read.
-
-    In the order of the groups, whichever of them were read first. (Only where one could not be
-    read, as Python is slow, and waited for where an iterator is given up.)
-    """
-
-    def check(place):
-        unreadable.check(int(place))
-        return place
-
-    def in_order(places, seen, labels, readable, all_at_once):
-        last = places[-1] + 1
-        checked = tf.cond(all_at_once, lambda: last, lambda: call_python(check, [last], tf.int64))
-        with tf.control_dependencies([checked]):
-            return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
-
-    return groups.map(as_it_stands(in_order))
-
-
 # ---------------------------------------------------------------- images in the order of training
 # Each reader returns an endless dataset of (places [n], for each view [n, S, S, 3], labels [n]),
 # this worker's.
@@ -248,7 +226,7 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(group_size(unreadable))
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
 
     def look_at_group(places):  # [n]
         def candidates(which, attempt):
@@ -314,9 +292,14 @@ def _record_images(dataset, order, look, unreadable):
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    groups = windows.batch(group_size(unreadable))
+    groups = windows.batch(_group_size(unreadable))
     groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(look, unreadable))
     return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
+
+
+def _group_size(unreadable):
+    """Images that are looked at together; in a data service one, to name the unreadable one."""
+    return 1 if unreadable.in_service else GROUP
 
 
 def _in_training(groups, order, unreadable):
@@ -327,6 +310,33 @@ def _in_training(groups, order, unreadable):
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
+
+
+# ------------------------------------------------------------------------- what both orders need
+
+
+def _ended_beyond_limit(groups, unreadable):
+    """Ends the reading at the first group up to which too many images could not be read.
+
+    In the order of the groups, whichever of them were read first. (Only where one could not be
+    read, as Python is slow, and waited for where an iterator is given up.)
+    """
+
+    def check(place):
+        unreadable.check(int(place))
+        return place
+
+    def in_order(places, seen, labels, readable, all_at_once):
+        last = places[-1] + 1
+        checked = tf.cond(all_at_once, lambda: last, lambda: call_python(check, [last], tf.int64))
+        with tf.control_dependencies([checked]):
+            return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
+
+    return groups.map(as_it_stands(in_order))
+
+
+def mapped(dataset, function):
+    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
 
 
 def _source_of_record(dataset, file, index, record):
