@@ -215,8 +215,10 @@ def draw(costs, images):
         else:
             panel.set_xticks(list(points)[1:])  # The first two of B would overlap.
     panels[0].set_ylabel("milliseconds a step")
-    panels[3].plot(list(images), [rate for _, rate in images.values()], marker="o")
-    panels[3].set(xlabel="images N", ylabel="pairs a second", xscale="log", ylim=(0, None))
+    rates = [rate for _, rate in images.values()]
+    panels[3].plot(list(images), rates, marker="o")
+    panels[3].set(xlabel="images N", ylabel="pairs a second", xscale="log")
+    panels[3].set_ylim(0, 1.05 * max(rates))
     figure.savefig(PICTURE, metadata={"Date": None})
     print(f"\n{PICTURE}")
 
