@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed  ## Pretrain and evaluate on embedded photographs
 	$(VENV)/bin/python experiments/run.py --flagfile=quickstart.flags
 
 test: $(VENV)/.installed  ## Run the tests
-	$(VENV)/bin/python -m pytest -n 2 tests
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests
 
 slow: $(VENV)/.installed  ## Run the slow tests: kills, several processes, large files, large networks
 	$(VENV)/bin/python -m pytest -n 2 -m slow tests
