@@ -21,7 +21,7 @@ import isd_tf
 from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
-from isd_tf.data.looks import random_crops_by
+from isd_tf.data.looks import GRAPH, RESIZER, random_crops_by
 from isd_tf.training import cluster, initial_weights, metrics
 from isd_tf.training.checkpoints import Checkpoints
 
@@ -241,13 +241,15 @@ def note_versions(
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
     if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
         now[CROPS_BY] = random_crops_by(in_service)
+        if now[CROPS_BY] == RESIZER:
+            now[RESIZER] = importlib.metadata.version(RESIZER)
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return
     record = read_json(path)
     then = {name: record.get(name, value) for name, value in now.items()}
     if CROPS_BY in now:  # Runs that do not say so began when it was always the graph.
-        then[CROPS_BY] = record.get(CROPS_BY, "graph")
+        then[CROPS_BY] = record.get(CROPS_BY, GRAPH)
     others = {name: value for name, value in now.items() if then[name] != value}
     if not others:
         return

@@ -108,20 +108,20 @@ def assert_same_levels(ours, theirs, at_most):
     assert difference.max() <= at_most and difference.mean() < 0.1
 
 
-def assert_same_crops(ours, theirs, by_pillow):
-    """Batches with the same crops; by Pillow but for a few levels, as the graph makes none."""
+def assert_same_crops(ours, theirs, in_python):
+    """Batches with the same crops; in Python but for a few levels, as the graph makes none."""
     differ = False
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one["label"], other["label"])
         for view, recipe in (("teacher_view", "weak"), ("student_view", "strong")):
             (crop, seeds), (expected, expected_seeds) = one[view][recipe], other[view][recipe]
             np.testing.assert_array_equal(seeds, expected_seeds)
-            assert_same_levels(crop, expected, at_most=int(by_pillow))
+            assert_same_levels(crop, expected, at_most=int(in_python))
             differ |= (crop != expected).any()
-    assert differ == by_pillow
+    assert differ == in_python
 
 
-@pytest.fixture(params=["graph", "Pillow"])
+@pytest.fixture(params=["graph", "Python"])
 def way(request, monkeypatch):
     """Who crops what is trained on: for each a host of so many cores."""
     monkeypatch.setattr(looks, "GRAPH_CORES", 0 if request.param == "graph" else 1000)
@@ -180,17 +180,17 @@ def test_order_and_views_depend_on_the_seed(dataset):
 
 
 def test_files_and_arrays_give_the_same_batches(files, way):
-    """But for a level of 255 here and there, where Pillow crops the files."""
-    assert_same_crops(cut_batches(files, 7), cut_batches(ARRAYS, 7), by_pillow=way == "Pillow")
+    """But for a level of 255 here and there, where the files are cropped in Python."""
+    assert_same_crops(cut_batches(files, 7), cut_batches(ARRAYS, 7), in_python=way == "Python")
 
 
-def test_the_graph_and_pillow_make_the_same_batches(records, monkeypatch):
+def test_graph_and_python_make_the_same_batches(records, monkeypatch):
     """But for a level of 255 here and there."""
     made = []
     for graph_cores in (0, 1000):
         monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
         made.append(cut_batches(records, 12))
-    assert_same_crops(*made, by_pillow=True)
+    assert_same_crops(*made, in_python=True)
 
 
 def test_a_pipeline_that_is_gone_leaves_no_graph_behind(files, way):

@@ -1,5 +1,7 @@
 import math
+import platform
 
+import cykooz_resizer
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +9,7 @@ from photographs import PHOTO, batch, photograph, some_seeds
 from PIL import Image
 from scipy import stats
 
-from isd_tf.views import crops, pillow_crops
+from isd_tf.views import crops, python_crops
 
 
 def drawn_boxes(count, height, width):
@@ -144,7 +146,7 @@ def test_what_a_crop_works_on_holds_its_inputs_and_has_one_of_few_lengths():
     assert lengths <= {64, 128, 192, 256, 320, 384, 448, 500}
 
 
-# -------------------------------------------------------------------------------- by Pillow
+# -------------------------------------------------------------------------------- in Python
 
 NOISE = np.random.default_rng(0).integers(0, 256, PHOTO.shape, np.uint8)
 
@@ -153,10 +155,10 @@ NOISE = np.random.default_rng(0).integers(0, 256, PHOTO.shape, np.uint8)
     ("height", "width"), [(375, 500), (500, 375), (32, 32), (1, 1), (3, 400), (400, 3), (97, 61)]
 )
 @pytest.mark.parametrize("area", [(0.2, 1.0), (0.08, 1.0)])
-def test_pillows_boxes_are_the_graphs(height, width, area):
+def test_boxes_in_python_are_the_graphs(height, width, area):
     draws = crops.crop_draws(some_seeds(500))
     of_graph = crops.crop_boxes(draws[:, None], tf.zeros([1, height, width, 3], tf.uint8), [area])
-    boxes = [pillow_crops.crop_box(row, height, width, area) for row in draws.numpy().tolist()]
+    boxes = [python_crops.crop_box(row, height, width, area) for row in draws.numpy().tolist()]
     np.testing.assert_array_equal(boxes, of_graph[:, 0])
 
 
@@ -165,31 +167,58 @@ def test_pillows_boxes_are_the_graphs(height, width, area):
     "box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64), (119, 0, 1, 150)]
 )
 @pytest.mark.parametrize("image", [PHOTO, NOISE], ids=["photo", "noise"])
-def test_pillows_crops_are_the_graphs_but_for_a_level(image, box, size):
-    ours = pillow_crops.resize_box(Image.fromarray(image), box, size).astype(int)
+def test_crops_in_python_are_the_graphs_but_for_a_level(image, box, size):
+    ours = python_crops.resize_box(Image.fromarray(image), box, size).astype(int)
     of_graph = crops.resize_boxes(batch(image), tf.constant([[box]]), size)[0][0].numpy()
     assert ours.shape == (size, size, 3)
     assert np.abs(ours - of_graph).max() <= 1
-    assert np.abs(ours - of_graph).mean() <= 0.05
+    assert np.abs(ours - of_graph).mean() <= 0.1
 
 
-def test_pillows_crops_of_noise_differ_by_two_levels_at_most():
+def test_crops_of_noise_differ_by_two_levels_at_most():
     """Where many sums lie halfway between two levels, both axes' roundings can add up."""
-    ours = pillow_crops.resize_box(Image.fromarray(NOISE), (0, 0, 64, 64), 224).astype(int)
+    ours = python_crops.resize_box(Image.fromarray(NOISE), (0, 0, 64, 64), 224).astype(int)
     of_graph = crops.resize_boxes(batch(NOISE), tf.constant([[(0, 0, 64, 64)]]), 224)[0][0].numpy()
     assert 0 < np.abs(ours - of_graph).max() <= 2
     assert np.abs(ours - of_graph).mean() <= 0.1
 
 
-def test_pillow_cuts_a_large_box_in_parts(monkeypatch):
+def test_a_large_box_is_cut_in_parts(monkeypatch):
     image, box = Image.fromarray(PHOTO), (5, 10, 100, 120)
-    whole = pillow_crops.resize_box(image, box, 40)
+    whole = python_crops.resize_box(image, box, 40)
     parts = []
-    monkeypatch.setattr(pillow_crops, "PART_PIXELS", 120 * 33)
-    monkeypatch.setattr(Image.Image, "paste", spied(Image.Image.paste, parts))
-    in_parts = pillow_crops.resize_box(image, box, 40)
-    assert [part.size for _, part, _ in parts] == [(40, 33), (40, 33), (40, 33), (40, 1)]
+    monkeypatch.setattr(python_crops, "PART_PIXELS", 120 * 33)
+    monkeypatch.setattr(Image.Image, "crop", spied(Image.Image.crop, parts))
+    in_parts = python_crops.resize_box(image, box, 40)
+    lines = [(top, bottom) for _, (_, top, _, bottom) in parts]
+    assert lines == [(5, 38), (38, 71), (71, 104), (104, 105)]
     np.testing.assert_array_equal(in_parts, whole)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 processors")
+@pytest.mark.parametrize("size", [7, 48, 224])
+@pytest.mark.parametrize("box", [(0, 0, 120, 150), (7, 31, 61, 47), (119, 0, 1, 150)])
+def test_crops_in_python_do_not_depend_on_the_processor(box, size, monkeypatch):
+    made, resizer = [], cykooz_resizer.Resizer
+    for extensions in ("none", "sse4_1", "avx2"):
+
+        def of_processor(extensions=extensions):
+            one = resizer()
+            one.cpu_extensions = cykooz_resizer.CpuExtensions[extensions]
+            return one
+
+        monkeypatch.setattr(cykooz_resizer, "Resizer", of_processor)
+        made.append(python_crops.resize_box(Image.fromarray(NOISE), box, size))
+    for one in made[1:]:
+        np.testing.assert_array_equal(one, made[0])
+
+
+@pytest.mark.parametrize("level", [0, 1, 127, 128, 254, 255])
+def test_a_plain_image_keeps_its_level(level):
+    for side in (1, 30, 97):
+        image = Image.new("RGB", (side, 50), (level, 255 - level, level))
+        cut = python_crops.resize_box(image, (0, 0, 50, side), 32)
+        np.testing.assert_array_equal(cut, np.broadcast_to([level, 255 - level, level], cut.shape))
 
 
 def spied(function, calls):

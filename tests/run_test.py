@@ -411,14 +411,14 @@ def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to
     now = f"keras 3.0.0 then, {keras.__version__} now"
     for stages in ("evaluate", "pretrain"):
         call(*small_run(photos, tmp_path / "run"), f"--stages={stages}", "--evaluations=curves")
-        of_training = ", replicas 2 then, 1 now, random crops by graph then, Pillow now"
+        of_training = ", replicas 2 then, 1 now, random crops by graph then, cykooz_resizer now"
         expected = f"{now}{of_training if stages == 'pretrain' else ''}"
         assert f"Not as when the run began: {expected}. " in capsys.readouterr().out
     record = json.loads(path.read_text())
     later = {"after_step": STEPS, "keras": keras.__version__}
     assert record.pop("later") == [
         later | {"stages": "evaluate"},
-        later | {"stages": "pretrain", "replicas": 1, "random crops by": "Pillow"},
+        later | {"stages": "pretrain", "replicas": 1, "random crops by": "cykooz_resizer"},
     ]  # fmt: skip
     assert record == began
 

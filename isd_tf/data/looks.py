@@ -2,7 +2,7 @@
 
 Two decode and crop:
 
-    Pillow               random crops of files and records, on hosts with few cores
+    Python               random crops of files and records, on hosts with few cores
     TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
                          at once; what it cannot decode, Pillow does
 """
@@ -21,16 +21,18 @@ from isd_tf.data.decoding import (
 )
 from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
-from isd_tf.views import crops, pillow_crops
+from isd_tf.views import crops, python_crops
 
 # What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# Pillow makes a pair of crops in two thirds of the graph's time. But for a tenth of it or more it
-# holds Python's lock, which one thread has at a time, and the training needs too: from about so
-# many cores on the graph should be faster, by reckoning. It was measured on two cores alone.
+# In Python a pair of crops takes a third of the graph's time. But for a quarter of it Python's lock
+# is held, which one thread has at a time, and the training needs too: from about so many cores on
+# the graph should be faster, by reckoning. It was measured on two cores alone.
 GRAPH_CORES = 8
+# Who makes random crops.
+RESIZER, GRAPH = "cykooz_resizer", "graph"
 
 
 class RandomCrops(NamedTuple):
@@ -56,10 +58,10 @@ class RandomCrops(NamedTuple):
         boxes = crops.crop_boxes(draws, images, self.areas)
         return tuple(crops.resize_boxes(images, boxes, self.size))
 
-    def by_pillow(self, image, draws):  # [V, 22]
+    def in_python(self, image, draws):  # [V, 22]
         views = zip(draws.tolist(), self.areas, strict=True)
-        boxes = [pillow_crops.crop_box(own, image.height, image.width, area) for own, area in views]
-        return [pillow_crops.resize_box(image, box, self.size) for box in boxes]
+        boxes = [python_crops.crop_box(own, image.height, image.width, area) for own, area in views]
+        return [python_crops.resize_box(image, box, self.size) for box in boxes]
 
 
 class CentreCrop(NamedTuple):
@@ -92,18 +94,19 @@ class SizedCentreCrop(CentreCrop):
 
 
 def random_crops_by(in_service: bool = False) -> str:
-    """Who makes random crops of files and records, here or in a data service: Pillow or graph."""
-    return "Pillow" if _cores() < GRAPH_CORES and not in_service else "graph"
+    """Who makes random crops of files and records, here or in a data service."""
+    is_here = python_crops.cykooz_resizer and not in_service
+    return RESIZER if is_here and _cores() < GRAPH_CORES else GRAPH
 
 
-def is_for_pillow(look, unreadable):
-    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == "Pillow"
+def is_in_python(look, unreadable):
+    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == RESIZER
 
 
 def calls_at_a_time(look, unreadable):
     """Groups that are looked at side by side."""
     # A number that TensorFlow chooses could grow while the program ends (see `python_calls`).
-    return _cores() if is_for_pillow(look, unreadable) else tf.data.AUTOTUNE
+    return _cores() if is_in_python(look, unreadable) else tf.data.AUTOTUNE
 
 
 @functools.cache  # One answer for all pipelines of a process.
@@ -128,10 +131,10 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
         For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
         whether all were read at once.
     """
-    if is_for_pillow(look, unreadable):
+    if is_in_python(look, unreadable):
         draws, read = look.draws(places), _read(dataset)
         return look_at_first_readable(
-            candidates, read, look.by_pillow, look.nothing, attempts, unreadable, places, draws
+            candidates, read, look.in_python, look.nothing, attempts, unreadable, places, draws
         )
     look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
     count = tf.size(places, tf.int64)

@@ -18,7 +18,7 @@ from isd_tf.data.looks import (
     GROUP,
     as_it_stands,
     calls_at_a_time,
-    is_for_pillow,
+    is_in_python,
     look_at_images,
     unless_missed,
     ways_to_look,
@@ -90,7 +90,7 @@ def _file_groups(dataset, look, unreadable):
 
         return numbers, candidates
 
-    if is_for_pillow(look, unreadable):
+    if is_in_python(look, unreadable):
 
         def look_at_group(group):
             numbers, candidates = of_group(group)

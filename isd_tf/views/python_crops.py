@@ -1,8 +1,9 @@
-"""Random crops by Pillow, of one image at a time: `crops` for where there is Python.
+"""Random crops in Python, of one image at a time: `crops` for where there is Python.
 
-Pillow resizes in two thirds of the time of TensorFlow's graph. Boxes are the same. Pixels are whole
-numbers here too, which do not depend on the processor or on threads; some differ from the graph's
-by a level of 255; by two at most, as both round twice.
+cykooz_resizer (the Rust library fast_image_resize) cuts and resizes in a quarter of the time of
+Pillow, and in a sixth of that of TensorFlow's graph, and lets other threads have Python meanwhile.
+Boxes are the graph's. Pixels are whole numbers here too, which do not depend on the processor or on
+threads; some differ from the graph's by a level of 255; by two at most, as both round twice.
 """
 
 import math
@@ -14,7 +15,10 @@ from PIL import Image
 from isd_tf.views.crops import ASPECT, ATTEMPTS, PART_PIXELS
 from isd_tf.views.randomness import between
 
-BILINEAR = Image.Resampling.BILINEAR
+try:
+    import cykooz_resizer
+except ImportError:  # It has no wheel for Linux on ARM; the graph crops there.
+    cykooz_resizer = None
 
 
 def crop_box(
@@ -56,21 +60,31 @@ def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
         size: side S of the result in pixels.
 
     Returns:
-        uint8 [S, S, 3].
+        uint8 [S, S, 3], read-only.
     """
     top, left, height, width = box
+    bilinear = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    options, resizer = cykooz_resizer.ResizeOptions(bilinear), cykooz_resizer.Resizer()
 
-    # Across first, as the graph does; Pillow alone goes the faster way, and rounds otherwise.
+    def pixels(width, height, values=None):
+        return cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, values)
+
+    def resized(source, width, height):
+        result = pixels(width, height)
+        resizer.resize(source, result, options)
+        return result
+
+    # Across first, as the graph does; at once it would go down first, and round otherwise.
     def across(first, last):
         part = image.crop((left, top + first, left + width, top + last))
-        return part.resize((size, last - first), BILINEAR)
+        return resized(pixels(*part.size, part.tobytes()), size, last - first)
 
     # A copy of a large box would take as much memory as the image.
     rows = max(PART_PIXELS // width, 1)
     if rows >= height:
         narrow = across(0, height)
     else:
-        narrow = Image.new("RGB", (size, height))
-        for first in range(0, height, rows):
-            narrow.paste(across(first, min(first + rows, height)), (0, first))
-    return np.asarray(narrow.resize((size, size), BILINEAR))
+        parts = (across(y, min(y + rows, height)) for y in range(0, height, rows))
+        narrow = pixels(size, height, b"".join(part.get_buffer() for part in parts))
+    whole = resized(narrow, size, size).get_buffer()
+    return np.frombuffer(whole, np.uint8).reshape(size, size, 3)
