@@ -1,12 +1,14 @@
-"""One ISD step against its encoders' convolutions alone: how far it is from their bare time.
+"""One ISD step against its encoders' convolutions alone, and these against a product of matrices.
 
     PYTHONPATH=. python benchmarks/convolutions.py [ROUNDS]
 
 A step's convolutions run forward for student and teacher, and backward for the student, by weights
 and, but for the first, by inputs. Alone, they run in one graph on ready tensors of the same shapes.
-Both alternate in one process, and the ratio is taken round by round.
+How many operations a second they do is compared with a product of two large matrices, about the
+most that the machine does. All take turns in one process; ratios are taken round by round.
 """
 
+import math
 import os
 import statistics
 import sys
@@ -22,6 +24,7 @@ import isd_tf
 from isd_tf.networks.heads import HEADS
 
 QUEUE = 16_384
+SIDE = 4096  # of the two matrices
 # encoder, image size, batch, heads: the steps of `make benchmark`.
 STEPS = (
     ("resnet18", 32, 64, "isd"),
@@ -65,6 +68,19 @@ def bare_convolutions(model, batch):
     return lambda: run(inputs, gradients).numpy()
 
 
+def operations(model, batch):
+    """Multiplications and additions of `bare_convolutions`."""
+    layers = [x for x in model.student_encoder.layers if isinstance(x, keras.layers.Conv2D)]
+    once = [2 * batch * math.prod(x.output.shape[1:3]) * math.prod(x.kernel.shape) for x in layers]
+    return 4 * sum(once) - once[0]
+
+
+def product_of_matrices():
+    factors = tf.random.normal([2, SIDE, SIDE])
+    product = tf.function(lambda: tf.matmul(*tf.unstack(factors))[0, 0])
+    return lambda: product().numpy()
+
+
 def isd_step(model, batch, size):
     model.compile(isd_tf.TorchSGD(0.01))
     views = tf.random.stateless_normal([2, batch, size, size, 3], [0, 0])
@@ -83,15 +99,18 @@ def main(rounds):
     for name, size, batch, heads in STEPS:
         encoder = isd_tf.build_encoder(name, size)
         model = isd_tf.ISD(encoder, *HEADS[heads](encoder.output_shape[-1]), QUEUE)
-        works = isd_step(model, batch, size), bare_convolutions(model, batch)
+        works = isd_step(model, batch, size), bare_convolutions(model, batch), product_of_matrices()
         for work in works:
             work()  # compiles
-        steps, bares = zip(*([seconds(work) for work in works] for _ in range(rounds)), strict=True)
+        times = [[seconds(work) for work in works] for _ in range(rounds)]
+        steps, bares, products = zip(*times, strict=True)
         shares = [bare / step for step, bare in zip(steps, bares, strict=True)]
+        rate, most = operations(model, batch) / min(bares) / 1e9, 2 * SIDE**3 / min(products) / 1e9
         print(
             f"{name}, {size}x{size}, batch {batch}: step {min(steps):.3f} s, convolutions alone "
             f"{min(bares):.3f} s (best of {rounds}), their share {min(bares) / min(steps):.2f}, "
-            f"median of rounds {statistics.median(shares):.2f}",
+            f"median of rounds {statistics.median(shares):.2f}; {rate:.0f} billion operations a "
+            f"second, in a product of matrices {most:.0f}",
             flush=True,
         )
 

@@ -6,7 +6,7 @@
 
 The parts of a step are those of TensorFlow's profiler, with its operations one after the other on
 all cores. The parts of a pair are differences: decoding alone, all that tf.data does, all of it;
-Pillow or the graph decodes and crops, as `looks` has it.
+in Python or in the graph, as `looks` has it.
 """
 
 import collections
@@ -119,7 +119,7 @@ def print_parts_of_a_pair():
             )
             columns.append([1000 * race.CORES * seconds / things for things, seconds in parts])
     print("\na pair of 224x224 views from 500x375 JPEG, core-milliseconds\n")
-    print("| part | by Pillow | by the graph |\n| --- | --- | --- |")
+    print("| part | in Python | in the graph |\n| --- | --- | --- |")
     (decode, host, pair) = np.transpose(columns)
     for part, values in (
         ("reading and decoding", decode),
