@@ -5,7 +5,7 @@
 A step's convolutions run forward for student and teacher, and backward for the student, by weights
 and, but for the first, by inputs. Alone, they run in one graph on ready tensors of the same shapes.
 How many operations a second they do is compared with a product of two large matrices, about the
-most that the machine does. All take turns in one process; ratios are taken round by round.
+most that the machine does. All take turns in one process.
 """
 
 import math
@@ -18,6 +18,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import isd_tf
@@ -69,10 +70,18 @@ def bare_convolutions(model, batch):
 
 
 def operations(model, batch):
-    """Multiplications and additions of `bare_convolutions`."""
+    """Multiplications and additions of `bare_convolutions`, but for those with zeros beside it."""
     layers = [x for x in model.student_encoder.layers if isinstance(x, keras.layers.Conv2D)]
-    once = [2 * batch * math.prod(x.output.shape[1:3]) * math.prod(x.kernel.shape) for x in layers]
+    once = [2 * batch * inside(x) ** 2 * math.prod(x.kernel.shape[2:]) for x in layers]
     return 4 * sum(once) - once[0]
+
+
+def inside(layer):
+    """Pairs, along one axis of square images, of an output and a pixel of the image under it."""
+    size, (kernel, _), (stride, _) = layer.input.shape[1], layer.kernel_size, layer.strides
+    margin = kernel // 2 if layer.padding == "same" else 0
+    firsts = stride * np.arange(layer.output.shape[1]) - margin
+    return int(np.sum(np.minimum(firsts + kernel, size) - np.maximum(firsts, 0)))
 
 
 def product_of_matrices():

@@ -21,7 +21,7 @@ import isd_tf
 from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
-from isd_tf.data.looks import GRAPH, RESIZER, random_crops_by
+from isd_tf.data.looks import GRAPH, random_crops_by
 from isd_tf.training import cluster, initial_weights, metrics
 from isd_tf.training.checkpoints import Checkpoints
 
@@ -240,9 +240,8 @@ def note_versions(
     if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
     if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
-        now[CROPS_BY] = random_crops_by(in_service)
-        if now[CROPS_BY] == RESIZER:
-            now[RESIZER] = importlib.metadata.version(RESIZER)
+        by = random_crops_by(in_service)
+        now[CROPS_BY] = by if by == GRAPH else f"{by} {importlib.metadata.version(by)}"
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return

@@ -18,7 +18,7 @@ from isd_tf.data import batches as batching
 from isd_tf.data import datasets, graph_decoder, looks
 from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.data.looks import GROUP
-from isd_tf.views import augment, crops, photometric
+from isd_tf.views import augment, crops, photometric, python_crops
 
 N, SIZE = 23, 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)
@@ -124,6 +124,8 @@ def assert_same_crops(ours, theirs, in_python):
 @pytest.fixture(params=["graph", "Python"])
 def way(request, monkeypatch):
     """Who crops what is trained on: for each a host of so many cores."""
+    if request.param == "Python":
+        pytest.importorskip("cykooz_resizer")
     monkeypatch.setattr(looks, "GRAPH_CORES", 0 if request.param == "graph" else 1000)
     return request.param
 
@@ -186,11 +188,22 @@ def test_files_and_arrays_give_the_same_batches(files, way):
 
 def test_graph_and_python_make_the_same_batches(records, monkeypatch):
     """But for a level of 255 here and there."""
+    pytest.importorskip("cykooz_resizer")
     made = []
     for graph_cores in (0, 1000):
         monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
         made.append(cut_batches(records, 12))
     assert_same_crops(*made, in_python=True)
+
+
+def test_where_there_is_no_resizer_the_graph_crops(files, monkeypatch):
+    """As on ARM under Linux, for which it has no wheel."""
+    pytest.importorskip("cykooz_resizer")
+    monkeypatch.setattr(looks, "GRAPH_CORES", 1000)
+    assert looks.random_crops_by() == "cykooz_resizer"
+    monkeypatch.setattr(python_crops, "cykooz_resizer", None)
+    assert looks.random_crops_by() == "graph"
+    assert_same_crops(cut_batches(files, 1), cut_batches(ARRAYS, 1), in_python=False)
 
 
 def test_a_pipeline_that_is_gone_leaves_no_graph_behind(files, way):

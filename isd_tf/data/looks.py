@@ -27,9 +27,9 @@ from isd_tf.views import crops, python_crops
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# In Python a pair of crops takes a third of the graph's time. But for a quarter of it Python's lock
-# is held, which one thread has at a time, and the training needs too: from about so many cores on
-# the graph should be faster, by reckoning. It was measured on two cores alone.
+# In Python an image takes half of the graph's time. But for a quarter of its time Python's lock is
+# held, which one thread has at a time, and the training needs too: from about so many cores on the
+# graph should be faster, by reckoning. It was measured on two cores alone.
 GRAPH_CORES = 8
 # Who makes random crops.
 RESIZER, GRAPH = "cykooz_resizer", "graph"
@@ -95,8 +95,8 @@ class SizedCentreCrop(CentreCrop):
 
 def random_crops_by(in_service: bool = False) -> str:
     """Who makes random crops of files and records, here or in a data service."""
-    is_here = python_crops.cykooz_resizer and not in_service
-    return RESIZER if is_here and _cores() < GRAPH_CORES else GRAPH
+    in_python = python_crops.cykooz_resizer and _cores() < GRAPH_CORES and not in_service
+    return RESIZER if in_python else GRAPH
 
 
 def is_in_python(look, unreadable):
