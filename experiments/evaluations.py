@@ -12,15 +12,17 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import program
+import splits
 import tensorflow as tf
 import workdirs
 from program import say
 from settings import FLAGS, numbers
+from splits import Data
 
 import isd_tf
-from isd_tf.data import check, subsets
+from isd_tf.data import subsets
 from isd_tf.data.batches import evaluation_batches, probe_batches
-from isd_tf.data.datasets import ArrayDataset, Dataset, RecordDataset, is_labelled
+from isd_tf.data.datasets import Dataset, RecordDataset, is_labelled
 from isd_tf.data.decoding import LEFT_OUT, REPLACED, Unreadable, explaining
 from isd_tf.data.folders import shown
 from isd_tf.evaluation import clusters, features, knn, linear, neighbors, transfer, votes
@@ -41,15 +43,6 @@ TEMPERATURES = {
 SCORED_ON_TEST = ("knn", "linear", "fast_linear", "weighted_knn", "few_shot_knn")
 # Steps of SGD below which `linear` says that they are few. ImageNet's 1% of the labels take 2000.
 FEW_STEPS = 1000
-
-
-class Data(NamedTuple):
-    """The images of a run."""
-
-    train: Dataset  # pretrained on
-    bank: Dataset  # whose labels are known to the evaluation: the same, unless --unbalanced
-    test: Dataset | None
-    rare_labels: tuple[int, ...] = ()
 
 
 class Run(NamedTuple):
@@ -103,7 +96,7 @@ class Run(NamedTuple):
 
 def check_data(data: Data) -> None:
     """Raises ValueError, before the training, where an evaluation would fail on these images."""
-    asked, rows = asked_images(data), numbers("query_images", int)
+    asked, rows = splits.asked_images(data), numbers("query_images", int)
     if any(row >= len(asked) for row in rows):
         raise ValueError(
             f"--query_images must be rows of the {len(asked)} images of {asked.name}. Received: "
@@ -143,7 +136,7 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             if name in SCORED_ON_TEST and not compared:
                 compared = True
-                run.record(shared_images("", [run.data.bank], run.data.test))
+                run.record(splits.shared_images("", [run.data.bank], run.data.test))
             with run.explaining():
                 EVALUATIONS[name](run)
         except Exception as error:  # Whatever it is, hours of training are worth more.
@@ -151,40 +144,14 @@ def evaluate(run: Run) -> list[str]:
     return failures
 
 
-def shared_images(prefix: str, parts_of_train: list[Dataset], test: Dataset) -> dict[str, int]:
-    """Tells which test images are training images too; returns how many, if that is known."""
-    found = [_say_shared_images(train, test) for train in parts_of_train]
-    return {} if None in found else {f"{prefix}test_images_in_train": sum(found)}
-
-
-def _say_shared_images(train, test):
-    pairs = check.shared_images(train, test)
-    if pairs is None:
-        say(
-            f"Not compared: whether images of {test.name} are also in {train.name}, which takes "
-            "reading all of both. --stages=check does."
-        )
-        return None
-    if pairs:
-        rows = [row for _, row in pairs[:3]]
-        is_array = isinstance(test, ArrayDataset)
-        names = [f"image {r}" for r in rows] if is_array else isd_tf.datasets.names_of(test, rows)
-        say(
-            f"{len(pairs)} of the {len(test)} images of {test.name} are also in {train.name}, so "
-            f"that scores are too high: {', '.join(map(shown, names))}"
-            f"{', ...' * (len(pairs) > len(names))}"
-        )
-    return len(pairs)
-
-
 def reason_not_to(name: str, run: Run) -> str | None:
     """Why an evaluation cannot be done after this training, or None."""
     bank = run.data.bank
     if name in SCORED_ON_TEST:
-        return reason_not_to_score(run.data)
+        return splits.reason_not_to_score(run.data)
     if name == "clusters" and not (FLAGS.clusters or is_labelled(bank)):
         return f"{bank.name} has no classes to take their number from. Pass --clusters."
-    if name == "clusters" and not FLAGS.clusters and _has_one_class(bank):
+    if name == "clusters" and not FLAGS.clusters and splits.has_one_class(bank):
         return f"{bank.name} has one class: a single cluster is none. Pass --clusters."
     if name == "neighbors" and not hasattr(run.model, "queue"):
         return f"--method={FLAGS.method} has no queue."
@@ -198,32 +165,6 @@ def reason_not_to(name: str, run: Run) -> str | None:
         except FileNotFoundError as error:
             return str(error)
     return None
-
-
-def reason_not_to_score(data: Data) -> str | None:
-    """Why labels of the test images cannot be predicted from others, or None."""
-    for split in (data.bank, data.test):
-        if split and not is_labelled(split):
-            return f"{split.name} has no labels."
-    if data.test is None:
-        return f"{data.train.name} has no test split. Name one by --test_split."
-    if _has_one_class(data.bank):
-        return f"{data.bank.name} has one class: there is nothing to tell apart."
-    if not any(isinstance(split, RecordDataset) for split in (data.bank, data.test)):
-        missing = np.setdiff1d(data.test.labels, data.bank.labels)
-        if len(missing):
-            names = data.test.class_names or range(data.test.labels.max() + 1)
-            return (
-                f"{len(missing)} classes of {data.test.name} have no images in {data.bank.name}, "
-                f"{shown(str(names[missing[0]]))} first."
-            )
-    return None
-
-
-def _has_one_class(dataset):
-    if isinstance(dataset, RecordDataset):
-        return len(dataset.class_names) == 1
-    return len(np.unique(dataset.labels)) == 1
 
 
 # --------------------------------------------------------------------- the paper's tables 1, 4, 5
@@ -387,7 +328,7 @@ def evaluate_transfer(run: Run) -> None:
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
                 prefix = f"transfer_{transfer.score_name(name)}_"
                 known = [splits.training, splits.validation]
-                shared = shared_images(prefix, known, splits.test)
+                shared = splits.shared_images(prefix, known, splits.test)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies
@@ -514,7 +455,7 @@ def views_of_rows(
 
 
 def evaluate_neighbors(run: Run) -> None:
-    asked = asked_images(run.data)
+    asked = splits.asked_images(run.data)
     rows = numbers("query_images", int)
     if not rows:
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
@@ -530,7 +471,7 @@ def find_neighbors(run: Run, rows: np.ndarray, count: int) -> neighbors.QueueNei
     return neighbors.find(
         run.model,
         TEMPERATURES[FLAGS.method](),
-        subsets.take(asked_images(run.data), rows, "queries"),
+        subsets.take(splits.asked_images(run.data), rows, "queries"),
         run.data.train,
         run.views,
         FLAGS.image_size,
@@ -539,11 +480,6 @@ def find_neighbors(run: Run, rows: np.ndarray, count: int) -> neighbors.QueueNei
         count,
         run.counter(run.data.train, REPLACED),
     )
-
-
-def asked_images(data: Data) -> Dataset:
-    """The images that `neighbors` takes its queries from."""
-    return data.test or data.bank
 
 
 def evaluate_curves(run: Run) -> None:

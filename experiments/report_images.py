@@ -11,6 +11,7 @@ import evaluations
 import numpy as np
 import sklearn.decomposition
 import sklearn.manifold
+import splits
 from absl import logging
 from evaluations import Run
 from PIL import ImageOps
@@ -253,7 +254,7 @@ class Seen:
         reason = evaluations.reason_not_to("neighbors", self.run)
         if reason:
             return Section(title, f"Left out: {reason}")
-        asked = evaluations.asked_images(self.run.data)
+        asked = splits.asked_images(self.run.data)
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
         found = evaluations.find_neighbors(self.run, np.sort(rows), NEIGHBORS)
         shown_rows = []

@@ -15,7 +15,6 @@ from PIL import Image
 
 import isd_tf
 from isd_tf.data.batches import probe_batches
-from isd_tf.data.datasets import ArrayDataset
 from isd_tf.data.decoding import Unreadable
 from isd_tf.evaluation import features, linear, transfer
 from isd_tf.report import figures
@@ -24,7 +23,6 @@ from isd_tf.training.checkpoints import Checkpoints
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import evaluations  # noqa: E402
 import run  # noqa: E402
 import workdirs  # noqa: E402
 from in_process import call  # noqa: E402
@@ -457,51 +455,6 @@ def test_curves_are_those_of_all_runs_and_end_with_the_results(trained, evaluate
         epochs, accuracies = curves[encoder]
         assert [*epochs] == [1, 2, 3, 4]
         assert accuracies[-1] == pytest.approx(results[f"{encoder}_1nn"], abs=1e-6)
-
-
-def images(*labels, seed=0):
-    values = np.random.default_rng(seed).integers(0, 256, (len(labels), 4, 4, 3), np.uint8)
-    names = tuple(f"a\nclass {label}" for label in range(max(labels) + 1))
-    return ArrayDataset(f"images {seed}", values, np.array(labels), names)
-
-
-def test_one_class_is_not_scored_and_a_class_that_only_tests_is_named_as_text():
-    def reason(train, test):
-        return evaluations.reason_not_to_score(evaluations.Data(train, train, test))
-
-    assert reason(images(0, 1), images(1)) is None
-    assert (
-        reason(images(0, 0), images(0)) == "images 0 has one class: there is nothing to tell apart."
-    )
-    assert "1 classes of images 1 have no images in images 0, a\\nclass 2 first." == reason(
-        images(0, 1), images(2, seed=1)
-    )
-
-
-def test_test_images_that_are_training_images_too_are_said(photos, tmp_path, capsys):
-    folder = tmp_path / "photos"
-    shutil.copytree(photos, folder)
-    train, test = isd_tf.datasets.load("folder", data_dir=str(folder))
-    assert evaluations._say_shared_images(train, test) == 0 and not capsys.readouterr().out
-    shutil.copy(folder / "train/dark/3.png", folder / "val/light/2.png")
-    assert evaluations._say_shared_images(train, test) == 1
-    assert capsys.readouterr().out == (
-        f"1 of the 8 images of {folder}/val are also in {folder}/train, so that scores are too "
-        f"high: {folder}/val/light/2.png\n"
-    )
-    assert evaluations._say_shared_images(images(0, 1), images(0, 1)) == 2
-    assert "images 0, so that scores are too high: image 0, image 1\n" in capsys.readouterr().out
-
-
-def test_that_images_are_not_compared_is_said_and_nothing_recorded(photos, capsys):
-    train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
-    found = evaluations.shared_images("transfer_x_", [train, images(0)], images(0, 1))
-    assert not found
-    assert f"Not compared: whether images of images 0 are also in {photos}/train, which" in (
-        capsys.readouterr().out
-    )
-    found = evaluations.shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
-    assert found == {"transfer_x_test_images_in_train": 3}
 
 
 @pytest.mark.slow
