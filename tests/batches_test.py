@@ -418,6 +418,22 @@ def test_a_large_photograph_takes_no_more_memory_than_is_promised(
 # -------------------------------------------------------------------------------- evaluation
 
 
+def test_no_iterators_end_waits_for_tensorflows_tuner(dataset):
+    """Which took as long as the iterator had lived, up to a minute, now and then."""
+    views = ("weak", "strong")
+    made = [
+        batching.pretraining_batches(dataset, views, SIZE, 4, 1),
+        batching.evaluation_batches(dataset, SIZE, 4),
+        batching.numbered_batches(dataset, SIZE, 4),
+        batching.sized_batches(dataset, SIZE, GROUP),
+        batching.numbered_views(dataset, views, SIZE, 1),
+        batching.probe_batches(dataset, SIZE, 4, 1, 0),
+        batching.finetuning_batches(dataset, SIZE, 4, 1),
+        *([dataset.records] if isinstance(dataset, datasets.RecordDataset) else []),
+    ]
+    assert [batches.options().autotune.enabled for batches in made] == [False] * len(made)
+
+
 def test_evaluation_reads_every_image_once_in_order(dataset):
     made = batching.evaluation_batches(dataset, SIZE, 5)
     # Of files some may turn out to be unreadable. Keras warns where the number is unknown.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import grpc  # TensorFlow depends on it.
 import tensorflow as tf
 
-from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled
+from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled, untuned
 from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.data.looks import GROUP, CentreCrop, RandomCrops, SizedCentreCrop, as_it_stands
 from isd_tf.data.readers import READERS, Order, in_own_order, mapped
@@ -141,7 +141,7 @@ def pretraining_batches(
                 job_name=f"{data_service.job} from {first_step}",
             )
         )
-    return batches.prefetch(PREFETCHED_BATCHES * replicas_here)
+    return _kept_ready(batches, PREFETCHED_BATCHES * replicas_here)
 
 
 def evaluation_batches(
@@ -180,7 +180,7 @@ def numbered_batches(
         # All can be read. Where the number of batches is unknown, Keras warns at the last one.
         count = -(-len(dataset) // batch_size)
         batches = batches.apply(tf.data.experimental.assert_cardinality(count))
-    return batches.prefetch(PREFETCHED_BATCHES)
+    return _kept_ready(batches)
 
 
 def sized_batches(
@@ -216,7 +216,7 @@ def sized_batches(
         crops, sizes = crops_and_sizes
         return places, augment.normalize(augment.to_unit_range(crops)), labels, sizes
 
-    return mapped(seen, finish).prefetch(PREFETCHED_BATCHES)
+    return _kept_ready(mapped(seen, finish))
 
 
 def numbered_views(
@@ -244,7 +244,7 @@ def numbered_views(
         parts = zip(views, crops, look.seeds(places), strict=True)
         return *({recipe: (crop, seeds)} for recipe, crop, seeds in parts), labels
 
-    return mapped(in_own_order(dataset, look, unreadable, 1).rebatch(1), finish)
+    return untuned(mapped(in_own_order(dataset, look, unreadable, 1).rebatch(1), finish))
 
 
 def probe_batches(
@@ -321,7 +321,11 @@ def _labelled_views(dataset, image_size, order, unreadable):
     # Of whole batches alone, the number of images is known before they are there.
     whole = not order.keep_remainder
     views = mapped(seen.rebatch(order.global_batch_size, drop_remainder=whole), finish)
-    return views.prefetch(PREFETCHED_BATCHES)
+    return _kept_ready(views)
+
+
+def _kept_ready(batches, count=PREFETCHED_BATCHES):
+    return untuned(batches).prefetch(count)
 
 
 def check_views(views: tuple[str, ...]) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 
 from isd_tf.data import pixels
@@ -120,8 +119,9 @@ def _images(dataset) -> Iterator[tuple[str, Callable[[], bytes | np.ndarray]]]:
         for row, image in enumerate(dataset.images):
             yield f"image {row}", lambda image=image: image
     else:
-        records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-        encoded = records.map(lambda file, index, record: (file, index, dataset.parse(record)[0]))
+        encoded = dataset.records.map(
+            lambda file, index, record: (file, index, dataset.parse(record)[0])
+        )
         for file, index, image in encoded.as_numpy_iterator():
             yield f"{os.fsdecode(file)} record {index}", lambda image=image: image
 

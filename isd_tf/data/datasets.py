@@ -108,6 +108,11 @@ class RecordDataset:
         counts = (self.skips, self.takes, np.cumsum((0, *self.takes[:-1])))
         return np.array(self.files), *(np.array(values, np.int64) for values in counts)
 
+    @property
+    def records(self) -> tf.data.Dataset:
+        """All of them in order, as `read_shard` gives them."""
+        return untuned(tf.data.Dataset.from_tensor_slices(self.shards).flat_map(self.read_shard))
+
     def read_shard(self, file, skip, take, before) -> tf.data.Dataset:
         """The records of a shard that belong to the dataset: (file, index in it, record)."""
         records = tf.data.TFRecordDataset(file).enumerate().skip(skip).take(take)
@@ -129,6 +134,16 @@ class RecordDataset:
 
 
 Dataset = ArrayDataset | FileDataset | RecordDataset
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Switches TensorFlow's tuner off.
+
+    Its thread sleeps ever longer, up to a minute, and at times an iterator's end waits for it.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def is_labelled(dataset: Dataset) -> bool:

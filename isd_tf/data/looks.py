@@ -95,7 +95,7 @@ class SizedCentreCrop(CentreCrop):
 
 def random_crops_by(in_service: bool = False) -> str:
     """Who makes random crops of files and records, here or in a data service."""
-    in_python = python_crops.cykooz_resizer and _cores() < GRAPH_CORES and not in_service
+    in_python = python_crops.cykooz_resizer and cores() < GRAPH_CORES and not in_service
     return RESIZER if in_python else GRAPH
 
 
@@ -103,14 +103,14 @@ def is_in_python(look, unreadable):
     return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == RESIZER
 
 
-def calls_at_a_time(look, unreadable):
+def calls_at_a_time(unreadable):
     """Groups that are looked at side by side."""
-    # A number that TensorFlow chooses could grow while the program ends (see `python_calls`).
-    return _cores() if is_in_python(look, unreadable) else tf.data.AUTOTUNE
+    return tf.data.AUTOTUNE if unreadable.in_service else cores()  # Of whichever machine does it.
 
 
 @functools.cache  # One answer for all pipelines of a process.
-def _cores():
+def cores() -> int:
+    """Processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

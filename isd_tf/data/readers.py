@@ -18,6 +18,7 @@ from isd_tf.data.looks import (
     GROUP,
     as_it_stands,
     calls_at_a_time,
+    cores,
     is_in_python,
     look_at_images,
     unless_missed,
@@ -64,8 +65,7 @@ def in_own_order(dataset, look, unreadable, batch_size):
 
 
 def _record_groups(dataset, look, unreadable):
-    records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-    sources = mapped(records, functools.partial(_source_of_record, dataset))
+    sources = mapped(dataset.records, functools.partial(_source_of_record, dataset))
 
     def look_at_group(numbers, group):  # [n], three of [n]
         def candidates(which, attempt):
@@ -74,7 +74,7 @@ def _record_groups(dataset, look, unreadable):
         return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
     groups = sources.enumerate().batch(GROUP)
-    return groups.map(as_it_stands(look_at_group), calls_at_a_time(look, unreadable))
+    return groups.map(as_it_stands(look_at_group), calls_at_a_time(unreadable))
 
 
 def _file_groups(dataset, look, unreadable):
@@ -96,7 +96,7 @@ def _file_groups(dataset, look, unreadable):
             numbers, candidates = of_group(group)
             return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
-        calls = calls_at_a_time(look, unreadable)
+        calls = calls_at_a_time(unreadable)
         return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls)
     return _file_groups_by_graph(dataset, look, unreadable, groups, of_group)
 
@@ -237,7 +237,7 @@ def _file_images(dataset, order, look, unreadable):
         count = len(dataset)
         return places, *look_at_images(look, places, candidates, dataset, count, unreadable)
 
-    calls = calls_at_a_time(look, unreadable)
+    calls = calls_at_a_time(unreadable)
     groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls)
     # Where none can be read, the limit ends the training.
     return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
@@ -293,7 +293,7 @@ def _record_images(dataset, order, look, unreadable):
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
     groups = windows.batch(_group_size(unreadable))
-    groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(look, unreadable))
+    groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(unreadable))
     return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
 
 
@@ -336,7 +336,7 @@ def _ended_beyond_limit(groups, unreadable):
 
 
 def mapped(dataset, function):
-    return dataset.map(as_it_stands(function), tf.data.AUTOTUNE)
+    return dataset.map(as_it_stands(function), cores())
 
 
 def _source_of_record(dataset, file, index, record):

@@ -25,8 +25,9 @@ def labels_of(dataset: Dataset) -> np.ndarray:
         raise ValueError(f"{dataset.name} has no labels. Labelled images are needed here.")
     if not isinstance(dataset, RecordDataset):
         return dataset.labels
-    records = tf.data.Dataset.from_tensor_slices(dataset.shards).flat_map(dataset.read_shard)
-    labels = records.map(lambda file, index, record: dataset.parse(record)[1], tf.data.AUTOTUNE)
+    labels = dataset.records.map(
+        lambda file, index, record: dataset.parse(record)[1], tf.data.AUTOTUNE
+    )
     return np.fromiter(labels.as_numpy_iterator(), np.int64)
 
 
