@@ -12,12 +12,11 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import program
-import splits
+import run_data
 import tensorflow as tf
 import workdirs
 from program import say
 from settings import FLAGS, numbers
-from splits import Data
 
 import isd_tf
 from isd_tf.data import subsets
@@ -49,7 +48,7 @@ class Run(NamedTuple):
     """A run: what is trained, on what, and where it is kept."""
 
     model: Student
-    data: Data
+    data: run_data.Data
     views: tuple[str, ...]
     workdir: pathlib.Path
     checkpoints: Checkpoints
@@ -94,9 +93,9 @@ class Run(NamedTuple):
         workdirs.record(self.workdir, scores, self.step)
 
 
-def check_data(data: Data) -> None:
+def check_data(data: run_data.Data) -> None:
     """Raises ValueError, before the training, where an evaluation would fail on these images."""
-    asked, rows = splits.asked_images(data), numbers("query_images", int)
+    asked, rows = run_data.asked_images(data), numbers("query_images", int)
     if any(row >= len(asked) for row in rows):
         raise ValueError(
             f"--query_images must be rows of the {len(asked)} images of {asked.name}. Received: "
@@ -136,7 +135,7 @@ def evaluate(run: Run) -> list[str]:
                 raise ValueError(reason)
             if name in SCORED_ON_TEST and not compared:
                 compared = True
-                run.record(splits.shared_images("", [run.data.bank], run.data.test))
+                run.record(run_data.shared_images("", [run.data.bank], run.data.test))
             with run.explaining():
                 EVALUATIONS[name](run)
         except Exception as error:  # Whatever it is, hours of training are worth more.
@@ -148,10 +147,10 @@ def reason_not_to(name: str, run: Run) -> str | None:
     """Why an evaluation cannot be done after this training, or None."""
     bank = run.data.bank
     if name in SCORED_ON_TEST:
-        return splits.reason_not_to_score(run.data)
+        return run_data.reason_not_to_score(run.data)
     if name == "clusters" and not (FLAGS.clusters or is_labelled(bank)):
         return f"{bank.name} has no classes to take their number from. Pass --clusters."
-    if name == "clusters" and not FLAGS.clusters and splits.has_one_class(bank):
+    if name == "clusters" and not FLAGS.clusters and run_data.has_one_class(bank):
         return f"{bank.name} has one class: a single cluster is none. Pass --clusters."
     if name == "neighbors" and not hasattr(run.model, "queue"):
         return f"--method={FLAGS.method} has no queue."
@@ -328,7 +327,7 @@ def evaluate_transfer(run: Run) -> None:
                 splits = transfer.load(task, FLAGS.tfds_data_dir, FLAGS.seed)
                 prefix = f"transfer_{transfer.score_name(name)}_"
                 known = [splits.training, splits.validation]
-                shared = splits.shared_images(prefix, known, splits.test)
+                shared = run_data.shared_images(prefix, known, splits.test)
                 of_encoders = [
                     _transfer_to(run, encoder_name, name, task.metric, splits)
                     for encoder_name in accuracies
@@ -455,7 +454,7 @@ def views_of_rows(
 
 
 def evaluate_neighbors(run: Run) -> None:
-    asked = splits.asked_images(run.data)
+    asked = run_data.asked_images(run.data)
     rows = numbers("query_images", int)
     if not rows:
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
@@ -471,7 +470,7 @@ def find_neighbors(run: Run, rows: np.ndarray, count: int) -> neighbors.QueueNei
     return neighbors.find(
         run.model,
         TEMPERATURES[FLAGS.method](),
-        subsets.take(splits.asked_images(run.data), rows, "queries"),
+        subsets.take(run_data.asked_images(run.data), rows, "queries"),
         run.data.train,
         run.views,
         FLAGS.image_size,

@@ -31,7 +31,7 @@ program.import_tensorflow()
 import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-import splits  # noqa: E402
+import run_data  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
@@ -199,7 +199,7 @@ def load_data():
 def check_labels(train, test):
     """Returns the labels of the training images, if a classifier can be trained by them."""
     # The test images are asked about only where there are some: a list has none.
-    reason = splits.reason_not_to_score(splits.Data(train, train, test or train))
+    reason = run_data.reason_not_to_score(run_data.Data(train, train, test or train))
     if reason:
         raise ValueError(f"No classifier can be trained and scored. {reason}")
     labels = subsets.labels_of(train)
@@ -385,7 +385,7 @@ def score(run, model):
         "held_out_images": len(data.held_out),
     } | {f"linear_{name}": value for name, value in linear.items()}
     if data.test:
-        results |= splits.shared_images("", [data.fit], data.test) | scores(logits, labels)
+        results |= run_data.shared_images("", [data.fit], data.test) | scores(logits, labels)
         rows = {"frozen, linear": linear} if "top1" in linear else {}
         rows["finetuned"] = results
         say(f"\nOn the {len(labels)} images of {asked.name}:")

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import auto
+import run_data
 import settings
-import splits
 import tensorflow as tf
 from settings import FLAGS
 
@@ -47,7 +47,7 @@ class Timing(NamedTuple):
     waiting: float | None  # share of them, for data; None where it is not told
 
 
-def show(model: Student, data: splits.Data, chosen: list[str], batches: Iterable) -> str:
+def show(model: Student, data: run_data.Data, chosen: list[str], batches: Iterable) -> str:
     """Takes a few steps and says, in a table, what the whole run would take.
 
     Called by all workers, as they take the steps together.
@@ -167,7 +167,7 @@ def free_disk() -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def warnings(model: Student, data: splits.Data) -> list[str]:
+def warnings(model: Student, data: run_data.Data) -> list[str]:
     """What can be known before the training, and might be regretted after it."""
     images = len(data.train)
     steps = images // FLAGS.batch_size * FLAGS.epochs
@@ -195,7 +195,7 @@ def warnings(model: Student, data: splits.Data) -> list[str]:
     left_out = images % FLAGS.batch_size
     if left_out * 10 > images:
         found.append(f"{left_out} of {images} images have no place in an epoch's whole batches.")
-    if FLAGS.knn_every_epochs and (reason := splits.reason_not_to_score(data)):
+    if FLAGS.knn_every_epochs and (reason := run_data.reason_not_to_score(data)):
         found.append(f"Nothing is scored by kNN: {reason}")
     if (needed := most_of_disk(model)) > free_disk():
         found.append(
@@ -279,7 +279,7 @@ def _times(model, data, timing, steps_per_epoch):
     )
     yield f"{duration(left * timing.seconds)} for {'the remaining ' * (left < steps)}{left} steps"
     every = FLAGS.knn_every_epochs
-    if every and not splits.reason_not_to_score(data):
+    if every and not run_data.reason_not_to_score(data):
         scored = len(data.bank) + len(data.test)
         each = scored * _seconds_to_embed(model, data.bank)
         times = FLAGS.epochs // every - _taken() // steps_per_epoch // every

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import evaluations
 import numpy as np
+import run_data
 import sklearn.decomposition
 import sklearn.manifold
-import splits
 from absl import logging
 from evaluations import Run
 from PIL import ImageOps
@@ -254,7 +254,7 @@ class Seen:
         reason = evaluations.reason_not_to("neighbors", self.run)
         if reason:
             return Section(title, f"Left out: {reason}")
-        asked = splits.asked_images(self.run.data)
+        asked = run_data.asked_images(self.run.data)
         rows = np.random.RandomState(FLAGS.seed).permutation(len(asked))[:QUERIES]
         found = evaluations.find_neighbors(self.run, np.sort(rows), NEIGHBORS)
         shown_rows = []

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 import report_images
-import splits
+import run_data
 import tensorflow as tf
 import workdirs
 from absl import logging
@@ -112,7 +112,7 @@ class _Page:
             f"{train.name} for {epochs:.4g} of {FLAGS.epochs} epochs."
         )
         if "student_1nn" not in self.scores:
-            reason = splits.reason_not_to_score(self.run.data)
+            reason = run_data.reason_not_to_score(self.run.data)
             return f"{text} {reason or 'It is not scored yet.'}"
         others = (
             ("raw_pixels", "raw pixels"), ("untrained", "the untrained encoder"),
@@ -208,7 +208,7 @@ class _Page:
             for k in (1, 20)
         ]
         both = [chart for chart in both if chart]
-        reason = splits.reason_not_to_score(self.run.data) or "No epoch was scored."
+        reason = run_data.reason_not_to_score(self.run.data) or "No epoch was scored."
         text = f"Of {self.run.data.test.name}." if both else reason
         return Section("Student and teacher", text, charts=both)
 
@@ -244,7 +244,7 @@ class _Page:
         flag_file = f"--flagfile={shlex.quote(str(self.run.workdir / 'run.flags'))}"
         run = f"python experiments/run.py {flag_file}"
         commands = [("Continue, if it was stopped", run)]
-        if not splits.reason_not_to_score(self.run.data):
+        if not run_data.reason_not_to_score(self.run.data):
             evaluate = f"{run} --stages=evaluate,report --evaluations=knn,fast_linear"
             commands.append(("Evaluate", evaluate))
         labelled = is_labelled(self.run.data.bank)

@@ -38,7 +38,7 @@ import keras  # noqa: E402
 import memory  # noqa: E402
 import plan  # noqa: E402
 import reporting  # noqa: E402
-import splits  # noqa: E402
+import run_data  # noqa: E402
 import teachers  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import workdirs  # noqa: E402
@@ -221,7 +221,7 @@ def load_data(strategy):
         with cluster.failing_together(strategy):
             if cluster.is_chief(strategy) == turn:
                 train, test = load_splits()
-                data = unbalanced(train, test) or splits.Data(train, train, test)
+                data = unbalanced(train, test) or run_data.Data(train, train, test)
                 if data.train is not train:
                     say(isd_tf.datasets.describe(data.train))
     train = data.train
@@ -311,7 +311,7 @@ def unbalanced(train, test):
             "--unbalanced must be LARGE,RARE,IMAGES, such as 8,30,100, or a list's path. Received: "
             f"{FLAGS.unbalanced}."
         )
-    return splits.Data(*draw)
+    return run_data.Data(*draw)
 
 
 def fingerprint(train):
@@ -562,7 +562,7 @@ def pretraining_stream(strategy, train, unreadable):
 
 def knn_callback(run, stop):
     data, every = run.data, FLAGS.knn_every_epochs
-    if not every or splits.reason_not_to_score(data):
+    if not every or run_data.reason_not_to_score(data):
         return []
     bank, queries = run.batches(data.bank), run.batches(data.test)
     references = {}

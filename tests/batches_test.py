@@ -434,6 +434,18 @@ def test_no_iterators_end_waits_for_tensorflows_tuner(dataset):
     assert [batches.options().autotune.enabled for batches in made] == [False] * len(made)
 
 
+def test_a_data_services_workers_keep_the_tuner(files, monkeypatch):
+    """They have other processors than the machine that asks for the batches."""
+    sent = []
+    service = tf.data.experimental.service
+    monkeypatch.setattr(service, "distribute", lambda *_, **__: lambda x: sent.append(x) or x)
+    monkeypatch.setattr(batching, "_require_workers", lambda address: None)
+    way = batching.DataService("host:1", "job")
+    batching.pretraining_batches(files, ("weak", "strong"), SIZE, 4, 1, data_service=way)
+    (dataset,) = sent
+    assert dataset.options().autotune.enabled is not False
+
+
 def test_evaluation_reads_every_image_once_in_order(dataset):
     made = batching.evaluation_batches(dataset, SIZE, 5)
     # Of files some may turn out to be unreadable. Keras warns where the number is unknown.

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import launch  # noqa: E402
 import plan  # noqa: E402
 import run  # noqa: E402
+import run_data  # noqa: E402
 import settings  # noqa: E402
-import splits  # noqa: E402
 from in_process import call, set_flags  # noqa: E402
 
 import isd_tf  # noqa: E402
@@ -167,9 +167,9 @@ def test_a_sound_recipe_is_not_warned_of(monkeypatch):
     settings.FLAGS.queue_size = 65_536
     encoder = isd_tf.build_encoder("tiny_resnet", 32, 4)
     model = run.build_model(tf.distribute.get_strategy(), encoder, 390)
-    assert plan.warnings(model, splits.Data(data, data, data)) == []
+    assert plan.warnings(model, run_data.Data(data, data, data)) == []
     monkeypatch.setattr(plan, "free_disk", lambda: 10**6)
-    (only,) = plan.warnings(model, splits.Data(data, data, data))
+    (only,) = plan.warnings(model, run_data.Data(data, data, data))
     assert "The disk does not suffice" in only
 
 

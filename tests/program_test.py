@@ -85,11 +85,12 @@ def test_what_follows_a_training_begins_its_help_with_an_example(program, withou
     "module",
     [
         *("data_service", "embed", "embed_beam", "evaluations", "flagfiles", "launch", "program"),
-        *("finetune_settings", "search", "search_results", "settings", "settings_checks"),
+        *("finetune_settings", "run_data", "search", "search_results", "settings"),
+        "settings_checks",
     ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):
-    """workdirs.py is evaluations.py's first import, and run.py that of most tests."""
+    """Whichever of them is a program's or a test's first import."""
     code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import {module}"
     result = python("-c", code, path=tmp_path)
     assert result.returncode == 0, result.stderr

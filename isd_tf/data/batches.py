@@ -125,7 +125,7 @@ def pretraining_batches(
         parts = zip(VIEW_NAMES[len(views)], views, cut, look.seeds(places), strict=True)
         return batch | {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
 
-    batches = mapped(batches, by_name)
+    batches = batches.map(as_it_stands(by_name))
     options = tf.data.Options()
     options.deterministic = True
     # Parallel over images: threads inside an operation would wait for each other.

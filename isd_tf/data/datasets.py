@@ -137,9 +137,10 @@ Dataset = ArrayDataset | FileDataset | RecordDataset
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Switches TensorFlow's tuner off.
+    """Returns the same dataset without TensorFlow's tuner.
 
     Its thread sleeps ever longer, up to a minute, and at times an iterator's end waits for it.
+    (What a strategy puts between a dataset and several devices has a tuner of its own.)
     """
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -29,6 +29,8 @@ from isd_tf.data.python_calls import call_python
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
+# Whole batches that are worked on side by side: each takes memory.
+BATCHES_AT_A_TIME = 16
 # An unreadable record of a stream gives way to the readable one among so many that follow.
 STREAM_CANDIDATES = 4
 
@@ -131,7 +133,8 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
         missed = tf.data.Dataset.range(expected, group).map(as_it_stands(lambda g: (g, nothing)))
         return missed.concatenate(tf.data.Dataset.from_tensors((group, seen)))
 
-    of_graph = mapped(tf.data.Dataset.range(groups), look_at_once).ignore_errors()
+    of_graph = tf.data.Dataset.range(groups).map(as_it_stands(look_at_once), cores())
+    of_graph = of_graph.ignore_errors()
     if not graph_formats(dataset.paths):
         of_graph = of_graph.take(0)
     end = tf.data.Dataset.from_tensors((tf.constant(groups, tf.int64), nothing))
@@ -209,7 +212,6 @@ def permuted(places: tf.Tensor, epoch: tf.Tensor, count: int, seed: int) -> tf.T
 
 
 def _array_batches(dataset, order, look, unreadable):
-    del unreadable  # Arrays are decoded.
     with tf.device("CPU:0"):  # Where a GPU is, its memory is for the networks.
         all_images, all_labels = tf.constant(dataset.images), tf.constant(_labels(dataset))
 
@@ -219,6 +221,8 @@ def _array_batches(dataset, order, look, unreadable):
         seen = look(tf.gather(all_images, rows), look.draws(places))
         return places, seen, tf.gather(all_labels, rows)
 
+    if unreadable.in_service:
+        return order.steps.map(as_it_stands(look_at_batch), tf.data.AUTOTUNE)
     return mapped(order.steps, look_at_batch)
 
 
@@ -336,7 +340,7 @@ def _ended_beyond_limit(groups, unreadable):
 
 
 def mapped(dataset, function):
-    return dataset.map(as_it_stands(function), cores())
+    return dataset.map(as_it_stands(function), min(cores(), BATCHES_AT_A_TIME))
 
 
 def _source_of_record(dataset, file, index, record):

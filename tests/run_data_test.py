@@ -9,7 +9,7 @@ from isd_tf.data.datasets import ArrayDataset
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments"))
 
-import splits  # noqa: E402
+import run_data  # noqa: E402
 
 
 def images(*labels, seed=0):
@@ -20,7 +20,7 @@ def images(*labels, seed=0):
 
 def test_one_class_is_not_scored_and_a_class_that_only_tests_is_named_as_text():
     def reason(train, test):
-        return splits.reason_not_to_score(splits.Data(train, train, test))
+        return run_data.reason_not_to_score(run_data.Data(train, train, test))
 
     assert reason(images(0, 1), images(1)) is None
     assert (
@@ -35,23 +35,23 @@ def test_test_images_that_are_training_images_too_are_said(photos, tmp_path, cap
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     train, test = isd_tf.datasets.load("folder", data_dir=str(folder))
-    assert splits._say_shared_images(train, test) == 0 and not capsys.readouterr().out
+    assert run_data._say_shared_images(train, test) == 0 and not capsys.readouterr().out
     shutil.copy(folder / "train/dark/3.png", folder / "val/light/2.png")
-    assert splits._say_shared_images(train, test) == 1
+    assert run_data._say_shared_images(train, test) == 1
     assert capsys.readouterr().out == (
         f"1 of the 8 images of {folder}/val are also in {folder}/train, so that scores are too "
         f"high: {folder}/val/light/2.png\n"
     )
-    assert splits._say_shared_images(images(0, 1), images(0, 1)) == 2
+    assert run_data._say_shared_images(images(0, 1), images(0, 1)) == 2
     assert "images 0, so that scores are too high: image 0, image 1\n" in capsys.readouterr().out
 
 
 def test_that_images_are_not_compared_is_said_and_nothing_recorded(photos, capsys):
     train, _ = isd_tf.datasets.load("folder", data_dir=str(photos))
-    found = splits.shared_images("transfer_x_", [train, images(0)], images(0, 1))
+    found = run_data.shared_images("transfer_x_", [train, images(0)], images(0, 1))
     assert not found
     assert f"Not compared: whether images of images 0 are also in {photos}/train, which" in (
         capsys.readouterr().out
     )
-    found = splits.shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
+    found = run_data.shared_images("transfer_x_", [images(0), images(0, 1)], images(0, 1))
     assert found == {"transfer_x_test_images_in_train": 3}
