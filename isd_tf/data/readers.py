@@ -29,10 +29,10 @@ from isd_tf.data.python_calls import call_python
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
-# Whole batches that are worked on side by side: each takes memory.
-BATCHES_AT_A_TIME = 16
 # An unreadable record of a stream gives way to the readable one among so many that follow.
 STREAM_CANDIDATES = 4
+# Whole batches that are worked on side by side: each takes memory.
+BATCHES_AT_A_TIME = 16
 
 
 # ------------------------------------------------------------------------ in the dataset's order
