@@ -173,7 +173,8 @@ def test_crops_in_python_are_the_graphs_but_for_a_level(image, box, size):
     of_graph = crops.resize_boxes(batch(image), tf.constant([[box]]), size)[0][0].numpy()
     assert ours.shape == (size, size, 3)
     assert np.abs(ours - of_graph).max() <= 1
-    assert np.abs(ours - of_graph).mean() <= 0.1
+    # Of 147 values, in noise, 8 differ once; wherever there are more, one in twenty at most does.
+    assert np.abs(ours - of_graph).mean() <= (0.05 if size > 7 else 8 / 147)
 
 
 @needs_resizer
