@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from isd_tf.data import graph_decoder, pixels
 
@@ -345,6 +345,7 @@ def test_a_file_has_the_pixels_that_people_see(form):
     image = pixels.open_image(encoded)
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), seen(encoded))
+    np.testing.assert_array_equal(pixels.decode(encoded), seen(encoded))
     agrees_in_graph(encoded, seen(encoded), in_graph)
 
 
@@ -352,7 +353,8 @@ def test_a_file_has_the_pixels_that_people_see(form):
 def test_other_depths_take_the_whole_range(form):
     encoded, expected, in_graph = SIXTEEN_BITS[form]
     expected = np.broadcast_to(expected, (30, 40, 3))
-    assert np.abs(np.asarray(pixels.open_image(encoded)) - expected).max() <= 1
+    assert np.abs(pixels.decode(encoded) - expected).max() <= 1
+    np.testing.assert_array_equal(np.asarray(pixels.open_image(encoded)), pixels.decode(encoded))
     agrees_in_graph(encoded, expected, in_graph)
 
 
@@ -394,22 +396,65 @@ def test_an_ordinary_jpeg_is_decoded_and_nothing_else(monkeypatch):
     assert isinstance(pixels.open_image(JPEG), Image.Image)
 
 
+NOISE = np.random.RandomState(1).randint(0, 256, (61, 83, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}], ids=str
+)
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "grey", "RGB"])
+@pytest.mark.parametrize("quality", [5, 75, 100])
+def test_jpegs_are_decoded_without_pillow_to_its_pixels(options, subsampling, quality, monkeypatch):
+    if subsampling in ("grey", "RGB"):
+        image = Image.fromarray(NOISE).convert("L" if subsampling == "grey" else "RGB")
+        options = options | {"keep_rgb": subsampling == "RGB"}
+    else:
+        image, options = Image.fromarray(NOISE), options | {"subsampling": subsampling}
+    encoded = save(image, "JPEG", quality=quality, **options)
+    expected = seen(encoded)
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    np.testing.assert_array_equal(pixels.decode(encoded), expected)
+
+
+def test_a_damaged_jpeg_means_the_same_with_and_without_pillow():
+    """The same pixels, or the same reason why there are none."""
+    random = np.random.RandomState(2)
+    whole = [turned("JPEG", 6, NOISE, progressive=progressive) for progressive in (False, True)]
+    whole.append(turned("JPEG", 6, NOISE, quality=98, restart_marker_blocks=2))
+    reasons = []
+    for number in range(300):
+        jpeg = whole[number % 3]
+        begin, length = random.randint(2, len(jpeg)), random.randint(20)
+        other = random.bytes(random.randint(20))
+        encoded = jpeg[:begin] + other + jpeg[begin + length :] * (number % 4 > 0)
+        try:
+            expected = np.asarray(pixels.open_image(encoded))
+        except pixels.UnreadableImage as error:
+            reasons.append(str(error))
+            with pytest.raises(pixels.UnreadableImage, match=re.escape(reasons[-1])):
+                pixels.decode(encoded)
+        else:
+            np.testing.assert_array_equal(pixels.decode(encoded), expected)
+    assert 50 < len(reasons) < 250
+
+
 def test_a_jpeg_without_its_end_mark_is_whole():
     for quality, progressive in ((98, False), (60, True)):
         jpeg = save(SCENE, "JPEG", quality=quality, progressive=progressive)
-        np.testing.assert_array_equal(
-            np.asarray(pixels.open_image(jpeg[:-2])), np.asarray(pixels.open_image(jpeg))
-        )
+        for whole in (np.asarray(pixels.open_image(jpeg[:-2])), pixels.decode(jpeg[:-2])):
+            np.testing.assert_array_equal(whole, np.asarray(pixels.open_image(jpeg)))
         for cut in (1, 2, 3, 60, 300):
             if jpeg[-2 - cut : -cut] != b"\xff\xd9":
                 fails(jpeg[: -2 - cut], "cut off")
 
 
 def fails(encoded, message, **arguments):
-    with pytest.raises(pixels.UnreadableImage) as error:
-        pixels.open_image(encoded, **arguments)
-    assert str(error.value).startswith(message)
-    assert not {"0x", "BytesIO", "/"} & set(str(error.value).replace("_", " ").split())
+    for read in (pixels.open_image, pixels.decode):
+        with pytest.raises(pixels.UnreadableImage) as error:
+            read(encoded, **arguments)
+        assert str(error.value).startswith(message)
+        assert not {"0x", "BytesIO", "/"} & set(str(error.value).replace("_", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -483,10 +528,12 @@ def test_heic_is_read_where_its_package_is_installed(monkeypatch):
 
 
 def test_a_large_image_is_handed_over_in_parts(monkeypatch):
-    image = pixels.open_image(save(RGBA, "PNG"))
-    for part in (1, image.width * 7, 10**6):
+    encoded = save(RGBA, "PNG")
+    for part in (1, RGBA.shape[1] * 7, 10**6):
         monkeypatch.setattr(pixels, "PART_PIXELS", part)
-        np.testing.assert_array_equal(pixels.as_array(image), np.asarray(image))
+        np.testing.assert_array_equal(
+            pixels.decode(encoded), np.asarray(pixels.open_image(encoded))
+        )
 
 
 def test_one_limit_of_pixels_holds_for_every_format_and_route():

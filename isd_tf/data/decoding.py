@@ -1,4 +1,4 @@
-"""Reading by Pillow, and what happens to images that it cannot read.
+"""Decoding in Python, and what happens to images that it cannot read.
 
 They are counted and named in the log. In training the next candidate replaces each, so that no
 later batch shifts; elsewhere they are left out.
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from PIL import Image
 
 from isd_tf.data import pixels
 from isd_tf.data.folders import shown
@@ -147,10 +146,10 @@ def _explain_unreadable_in_service(name):
     return f"{UNREADABLE_IN_SERVICE} {name}{reason}. {cure}."
 
 
-def open_readable(
+def decode_readable(
     read: Callable[[bytes], bytes], unreadable: Unreadable, source: bytes, name: bytes, place: int
-) -> Image.Image | None:
-    """Opens an image by Pillow, which reads more than a graph does; one that it cannot is counted.
+) -> np.ndarray | None:
+    """Decodes an image in Python, which reads more than a graph; one that it cannot is counted.
 
     Args:
         read: source to encoded bytes; says why not by pixels.UnreadableImage.
@@ -160,11 +159,11 @@ def open_readable(
         place: where in the order of reading the image is wanted.
 
     Returns:
-        An upright image in mode RGB; None where it cannot be read.
+        uint8 [H, W, 3], upright; None where it cannot be read.
     """
     name = os.fsdecode(name)
     try:
-        return pixels.open_image(read(source), shown(name), unreadable.max_pixels)
+        return pixels.decode(read(source), shown(name), unreadable.max_pixels)
     except pixels.UnreadableImage as error:
         unreadable.add(name, str(error), place)
         return None
@@ -181,7 +180,7 @@ def decode_first_readable(
 
     Args:
         candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read, unreadable: as in `open_readable`.
+        read, unreadable: as in `decode_readable`.
         attempts: how many candidates there are.
         place: int64 scalar, where in the order of reading the image is wanted.
 
@@ -190,8 +189,8 @@ def decode_first_readable(
     """
 
     def decode(source, name, place):
-        image = open_readable(read, unreadable, source, name, int(place))
-        return np.zeros([0, 0, 3], np.uint8) if image is None else pixels.as_array(image)
+        image = decode_readable(read, unreadable, source, name, int(place))
+        return np.zeros([0, 0, 3], np.uint8) if image is None else image
 
     def attempt(number):
         source, name, label = candidate(number)
@@ -211,7 +210,7 @@ def decode_first_readable(
 def look_at_first_readable(
     candidates: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
     read: Callable[[bytes], bytes],
-    look: Callable[[Image.Image, np.ndarray], Sequence[np.ndarray]],
+    look: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]],
     nothing: Sequence[tf.Tensor],
     attempts: int,
     unreadable: Unreadable,
@@ -223,7 +222,7 @@ def look_at_first_readable(
     Args:
         candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
             sources, names and labels, each [m].
-        read, unreadable: as in `open_readable`.
+        read, unreadable: as in `decode_readable`.
         look: image and draws [...] to what is seen of it, V arrays.
         nothing: V tensors [0, ...], of the types and shapes of what is seen.
         attempts: how many candidates each image has.
@@ -248,7 +247,7 @@ def look_at_first_readable(
         found = np.zeros(len(places), bool)
 
         def look_at_image(i):  # Of its own, so that its image is gone before the next is opened.
-            image = open_readable(read, unreadable, sources[i], names[i], int(places[i]))
+            image = decode_readable(read, unreadable, sources[i], names[i], int(places[i]))
             if image is not None:
                 found[i] = True
                 for of_all, of_one in zip(seen, look(image, draws[i]), strict=True):

@@ -1,7 +1,7 @@
 """Encoded images to pixels inside a TensorFlow graph, where there is no Python.
 
 For serving, for evaluations, whose features shall be those of a served model, for a tf.data
-service's workers, and for training where Python's lock would hold Pillow up. What every format
+service's workers, and for training on hosts with many cores (see `looks`). What every format
 means is said in `pixels`; here the same comes of it, or an error.
 """
 

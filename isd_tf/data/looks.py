@@ -4,7 +4,7 @@ Two decode and crop:
 
     Python               random crops of files and records, on hosts with few cores
     TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
-                         at once; what it cannot decode, Pillow does
+                         at once; what it cannot decode, Python does
 """
 
 import functools
@@ -23,7 +23,7 @@ from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
 from isd_tf.views import crops, python_crops
 
-# What TFDS writes. Files of others that it passed on as they were are read too, by Pillow.
+# What TFDS writes. Files of others that it passed on as they were are read too, in Python.
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
@@ -58,9 +58,9 @@ class RandomCrops(NamedTuple):
         boxes = crops.crop_boxes(draws, images, self.areas)
         return tuple(crops.resize_boxes(images, boxes, self.size))
 
-    def in_python(self, image, draws):  # [V, 22]
+    def in_python(self, image, draws):  # [H, W, 3], [V, 22]
         views = zip(draws.tolist(), self.areas, strict=True)
-        boxes = [python_crops.crop_box(own, image.height, image.width, area) for own, area in views]
+        boxes = [python_crops.crop_box(own, *image.shape[:2], area) for own, area in views]
         return [python_crops.resize_box(image, box, self.size) for box in boxes]
 
 
@@ -138,7 +138,7 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
         )
     look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
     count = tf.size(places, tf.int64)
-    # All at once, and if one fails, each by Pillow. A graph has no exceptions to catch; a dataset
+    # All at once, and if one fails, each in Python. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
     at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
     nothing = tf.data.Dataset.from_tensors((look.nothing, tf.zeros([0], tf.int64)))
@@ -151,7 +151,7 @@ def ways_to_look(look, places, candidates, dataset, attempts, unreadable):
 
     Returns:
         One by the graph, which fails where an image cannot be read: of a number, int64, the views
-        [S, S, 3] of that image, and its label. One by Pillow: of nothing, for each view
+        [S, S, 3] of that image, and its label. One in Python: of nothing, for each view
         [n, S, S, 3], labels [n] and bool [n], whether any could be read.
     """
     draws = look.draws(places)

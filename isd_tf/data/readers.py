@@ -104,7 +104,7 @@ def _file_groups(dataset, look, unreadable):
 
 
 def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
-    """The graph looks at all groups. In which one fails, that is missed, and looked at by Pillow.
+    """The graph looks at all groups. In which one fails, that is missed, and looked at in Python.
 
     As `look_at_images` does it, but there is an outer dataset for all groups here instead of an
     inner one for each, which TensorFlow does not optimise: it takes twice the time.

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from isd_tf.views.crops import ASPECT, ATTEMPTS, PART_PIXELS
 from isd_tf.views.randomness import between
@@ -50,11 +49,11 @@ def crop_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+def resize_box(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
     """Cuts a box out of an image and resizes it.
 
     Args:
-        image: in mode RGB.
+        image: uint8 [H, W, 3].
         box: top, left, height and width in pixels.
         size: side S of the result in pixels.
 
@@ -62,6 +61,7 @@ def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
         uint8 [S, S, 3], read-only.
     """
     top, left, height, width = box
+    box_pixels = image[top : top + height, left : left + width]
     bilinear = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
     options, resizer = cykooz_resizer.ResizeOptions(bilinear), cykooz_resizer.Resizer()
 
@@ -75,8 +75,8 @@ def resize_box(image: Image.Image, box: tuple[int, int, int, int], size: int) ->
 
     # Across first, as the graph does; at once it would go down first, and round otherwise.
     def across(first, last):
-        part = image.crop((left, top + first, left + width, top + last))
-        return resized(pixels(*part.size, part.tobytes()), size, last - first)
+        part = pixels(width, last - first, box_pixels[first:last].tobytes())
+        return resized(part, size, last - first)
 
     # A copy of a large box would take as much memory as the image.
     rows = PART_PIXELS // width
