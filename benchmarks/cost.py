@@ -95,11 +95,11 @@ def decode_by_graph(path):
     return tf.shape(graph_decoder.decode(tf.io.read_file(path), formats=("JPEG",)))
 
 
-def decode_by_pillow(path):
-    def size(path):
-        return np.array(pixels.open_image(pixels.read_file(path)).size)
+def decode_in_python(path):
+    def shape(path):
+        return np.array(pixels.decode(pixels.read_file(path)).shape)
 
-    return python_calls.call_python(size, [path], tf.int64)
+    return python_calls.call_python(shape, [path], tf.int64)
 
 
 def print_parts_of_a_pair():
@@ -109,7 +109,7 @@ def print_parts_of_a_pair():
         dataset = race_isd_tf.images_of(row.sizes, folder)
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
         columns = []
-        for decode, graph_cores in ((decode_by_pillow, 1000), (decode_by_graph, 0)):
+        for decode, graph_cores in ((decode_in_python, 1000), (decode_by_graph, 0)):
             looks.GRAPH_CORES = graph_cores
             decoded = iter(paths.map(decode, race.CORES).batch(row.sizes["batch"]))
             parts = (

@@ -191,13 +191,13 @@ def _compare_at_once(
     neighbors,
 ):
     # Divided before the product, as in chunks, so that the logits of both are the same bits.
-    logits = tf.matmul(teacher_embeddings / teacher_temperature, anchors, transpose_b=True)
-    teacher_log = tf.nn.log_softmax(logits)  # [B, K]
+    teacher_logits, student_logits = _products_of_both(
+        teacher_embeddings / teacher_temperature, student_embeddings / student_temperature, anchors
+    )
+    teacher_log = tf.nn.log_softmax(teacher_logits)  # [B, K]
     teacher = tf.exp(teacher_log)
-    nearest = tf.math.top_k(logits, neighbors).indices if neighbors else None
-
-    logits = tf.matmul(student_embeddings / student_temperature, anchors, transpose_b=True)
-    student_log = tf.nn.log_softmax(logits)  # [B, K]
+    nearest = tf.math.top_k(teacher_logits, neighbors).indices if neighbors else None
+    student_log = tf.nn.log_softmax(student_logits)  # [B, K]
 
     return SimilarityDistillation(
         divergence=tf.reduce_sum(teacher * (teacher_log - student_log), axis=1),
@@ -205,6 +205,17 @@ def _compare_at_once(
         student_entropy=tf.stop_gradient(-tf.reduce_sum(tf.exp(student_log) * student_log, axis=1)),
         nearest=nearest,
     )
+
+
+@tf.custom_gradient
+def _products_of_both(teacher_queries, student_queries, anchors):
+    """Products [B, K] of each side's rows [B, D] with the anchors [K, D], read once for both.
+
+    With a gradient of its own: TensorFlow would compute the teacher's too, which nobody wants.
+    """
+    stacked = tf.concat([teacher_queries, student_queries], axis=0)
+    products = tf.split(tf.matmul(stacked, anchors, transpose_b=True), 2)
+    return products, lambda of_teacher, of_student: (None, tf.matmul(of_student, anchors), None)
 
 
 def _compare_in_chunks(
