@@ -254,7 +254,8 @@ def machine():
 
 def versions(python):
     """What is installed beside `python` of all that matters here."""
-    names = "tensorflow keras torch torchvision faiss-cpu pillow cykooz-resizer simplejpeg numpy".split()
+    names = "tensorflow keras torch torchvision faiss-cpu".split()
+    names += "pillow simplejpeg cykooz-resizer numpy".split()
     program = (
         "import importlib.metadata as m, json; have = {d.name.lower(): d.version for d in "
         f"m.distributions()}}; print(json.dumps({{n: have[n] for n in {names} if n in have}}))"

@@ -27,9 +27,10 @@ from isd_tf.views import crops, python_crops
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# In Python an image takes half of the graph's time. But for a quarter of its time Python's lock is
-# held, which one thread has at a time, and the training needs too: from about so many cores on the
-# graph should be faster, by reckoning. It was measured on two cores alone.
+# In Python an image takes less than half of the graph's time. But its threads hand one lock around,
+# which the training needs too: however many they are, they make some 1300 pairs of 224x224 views a
+# second, by a trial on two cores (docs/performance.md). From about so many cores on the graph makes
+# more.
 GRAPH_CORES = 8
 # Who makes random crops.
 RESIZER, GRAPH = "cykooz_resizer", "graph"
