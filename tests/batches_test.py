@@ -375,9 +375,12 @@ def peak_of(what):
 @pytest.mark.parametrize(
     ("kind", "pixels"),
     [
-        *((kind, 1e8) for kind in ("plain.jpg", "cmyk.jpg", "turned.jpg", "alpha.png")),
+        *(
+            (kind, 1e8)
+            for kind in ("plain.jpg", "cmyk.jpg", "turned.jpg", "plain.png", "alpha.png")
+        ),
         ("turned and alpha.tif", 1e8),
-        # The largest that the graph does; beyond them Pillow does it, as it does the others.
+        # The largest that the graph does; beyond them Python does it, as it does the others.
         *((kind, graph_decoder.LARGE_PIXELS) for kind in ("turned.jpg", "alpha.png")),
     ],
 )

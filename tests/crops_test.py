@@ -187,6 +187,16 @@ def test_crops_of_noise_differ_by_two_levels_at_most():
 
 
 @needs_resizer
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_view_is_cropped_as_its_copy_is(turns):
+    """Turned photographs come as views."""
+    turned, box = np.rot90(PHOTO, turns), (5, 10, 100, 60)
+    np.testing.assert_array_equal(
+        python_crops.resize_box(turned, box, 40), python_crops.resize_box(turned.copy(), box, 40)
+    )
+
+
+@needs_resizer
 def test_a_large_box_is_cut_in_parts(monkeypatch):
     box, made = (5, 10, 100, 120), []
     whole = python_crops.resize_box(PHOTO, box, 40)

@@ -63,6 +63,7 @@ def test_gradient_is_the_difference_of_probabilities_and_spares_the_teacher(embe
     np.testing.assert_allclose(tape.gradient(total, student), expected, rtol=1e-11)
     assert tape.gradient(total, teacher) is None
     assert tape.gradient(total, anchors) is None
+    assert tape.gradient(result.teacher_entropy, student) is None
 
 
 def test_improbable_anchors_still_get_a_gradient_in_float32():

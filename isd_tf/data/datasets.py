@@ -21,7 +21,7 @@ from isd_tf.data import folders, lists, photo_patches, pixels, tfds_builders
 from isd_tf.data.folders import shown
 
 if TYPE_CHECKING:
-    # It takes seconds to import, and is imported where a dataset of its is asked for.
+    # It takes seconds to import, and is imported where one of its datasets is asked for.
     import tensorflow_datasets as tfds
 
 # TFDS splits of one image size that decode to less than this are held in memory.

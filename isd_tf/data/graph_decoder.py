@@ -27,7 +27,7 @@ GRAPH_FORMATS = {
 }
 # Of so many files a dataset's formats are seen as well, as names may not tell.
 LOOKED_INTO = 64
-# What has more pixels, Pillow turns and lays on white in less memory.
+# What has more pixels is turned and laid on white in Python, in less memory.
 LARGE_PIXELS = 2**26
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 if TYPE_CHECKING:
-    # It takes seconds to import, and is imported where a dataset of its is asked for.
+    # It takes seconds to import, and is imported where one of its datasets is asked for.
     import tensorflow_datasets as tfds
 
 DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
 
 def prepared_builder(
-    name: str, data_dir: str | None, others: tuple[str, ...]
+    name: str, data_dir: str | None, other_names: tuple[str, ...]
 ) -> "tfds.core.DatasetBuilder":
-    """Returns the builder of a dataset whose files are there, now if not before.
+    """Returns the builder of a dataset, and prepares its files if they are not there.
 
     Args:
         name: as TFDS takes it, such as "cifar10".
         data_dir: TFDS' folder; None: its own.
-        others: names that are no dataset of TFDS and could be meant.
+        other_names: that are no dataset of TFDS and could be meant.
 
     Raises:
         ValueError: for a name that TFDS does not know or cannot open.
@@ -31,7 +31,7 @@ def prepared_builder(
     """
     import tensorflow_datasets as tfds
 
-    names = [*others, *tfds.list_builders(with_community_datasets=False)]
+    names = [*other_names, *tfds.list_builders(with_community_datasets=False)]
     # As people write them: CIFAR-10, Fashion MNIST.
     plain = re.sub(r"[^a-z0-9_]", "", re.sub(r"[ -]+(?=[a-z])", "_", name.lower()))
     close = difflib.get_close_matches(plain, names, n=5)
@@ -41,8 +41,8 @@ def prepared_builder(
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
             f"Unknown dataset. Received: {name!r}.{suggestion}"
-            f" Known are {', '.join(others)} and the {len(names) - len(others)} names of "
-            f"TensorFlow Datasets, from {names[len(others)]} to {names[-1]}."
+            f" Known are {', '.join(other_names)} and the {len(names) - len(other_names)} names of "
+            f"TensorFlow Datasets, from {names[len(other_names)]} to {names[-1]}."
         ) from None
     except Exception as error:  # Whatever versions, configurations and namespaces raise.
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -194,6 +194,7 @@ def _compare_at_once(
     teacher_logits, student_logits = _products_of_both(
         teacher_embeddings / teacher_temperature, student_embeddings / student_temperature, anchors
     )
+    teacher_logits = tf.stop_gradient(teacher_logits)
     teacher_log = tf.nn.log_softmax(teacher_logits)  # [B, K]
     teacher = tf.exp(teacher_log)
     nearest = tf.math.top_k(teacher_logits, neighbors).indices if neighbors else None
@@ -211,7 +212,7 @@ def _compare_at_once(
 def _products_of_both(teacher_queries, student_queries, anchors):
     """Products [B, K] of each side's rows [B, D] with the anchors [K, D], read once for both.
 
-    With a gradient of its own: TensorFlow would compute the teacher's too, which nobody wants.
+    With a gradient of its own, to the student's rows: TensorFlow would compute the teacher's too.
     """
     stacked = tf.concat([teacher_queries, student_queries], axis=0)
     products = tf.split(tf.matmul(stacked, anchors, transpose_b=True), 2)
