@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Callable
 
+import joblib
 import keras
 import numpy as np
 import report_images
@@ -293,5 +294,4 @@ def hardware() -> str:
         processor = names[0] if names else processor
     except OSError:
         pass  # Not Linux.
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*gpus, f"{count} cores of {processor}"])
+    return ", ".join([*gpus, f"{joblib.cpu_count()} cores of {processor}"])

@@ -206,6 +206,17 @@ def test_where_there_is_no_resizer_the_graph_crops(files, monkeypatch):
     assert_same_crops(cut_batches(files, 1), cut_batches(ARRAYS, 1), in_python=False)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux' affinity")
+def test_of_many_cores_those_count_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    assert looks.cores.__wrapped__() <= len(allowed)  # A container may have a quota of fewer.
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert looks.cores.__wrapped__() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def test_a_pipeline_that_is_gone_leaves_no_graph_behind(files, way):
     """TensorFlow keeps the Python functions of all of them, and whatever they hold."""
 

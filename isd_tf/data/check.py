@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 from PIL import Image
 
@@ -89,7 +90,7 @@ def check(
     total = sum(len(dataset) for dataset in splits.values())
     findings, sizes, modes, done = [], [], collections.Counter(), 0
     first_of_all = {}  # By digest: the split and the name that an image was first met under.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(joblib.cpu_count()) as pool:
         for split, dataset in splits.items():
             images = _images(dataset)
             while some := list(itertools.islice(images, IMAGES_AT_ONCE)):
@@ -215,7 +216,7 @@ def shared_images(train: Dataset, test: Dataset) -> list[tuple[int, int]] | None
         return _pairs(*(map(_digest_of_record, _images(dataset)) for dataset in (train, test)))
     if not (isinstance(train, FileDataset) and isinstance(test, FileDataset)):
         return None
-    with concurrent.futures.ThreadPoolExecutor(4 * os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4 * joblib.cpu_count()) as pool:
         both = (train.paths, test.paths)
         files = [list(pool.map(_file_and_size, paths)) for paths in both]
         # The size, then also a sample, then also everything: where all before agrees.

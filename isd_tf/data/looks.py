@@ -8,9 +8,9 @@ Two decode and crop:
 """
 
 import functools
-import os
 from typing import NamedTuple
 
+import joblib
 import tensorflow as tf
 
 from isd_tf.data.datasets import FileDataset
@@ -111,10 +111,8 @@ def calls_at_a_time(unreadable):
 
 @functools.cache  # One answer for all pipelines of a process.
 def cores() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processors that this process may use, by its affinity and its container's quota."""
+    return joblib.cpu_count()
 
 
 def look_at_images(look, places, candidates, dataset, attempts, unreadable):
