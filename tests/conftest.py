@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 from PIL import Image
 
 tf.config.set_logical_device_configuration(
@@ -43,3 +44,9 @@ def photos(tmp_path_factory):
                 values = random.integers(0, 100, (20 + i, 30, 3), np.uint8) + np.uint8(label * 150)
                 Image.fromarray(values).save(folder / split / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_flags_of_another_test():
+    """A test that reads flags must set them itself, whichever ran before it in its process."""
+    flags.FLAGS.unparse_flags()

@@ -193,7 +193,8 @@ def test_a_part_that_fails_says_why_and_costs_no_other(workdir, tmp_path, monkey
     assert "Some lines of the metrics cannot be read" in text and "1 lines" in text
 
 
-def test_a_workdir_without_metrics_has_no_curves():
+def test_a_workdir_without_metrics_has_no_curves(monkeypatch):
+    monkeypatch.setattr(reporting, "FLAGS", types.SimpleNamespace(method="isd"))
     page = object.__new__(reporting._Page)
     page.run, page.metrics = types.SimpleNamespace(model=None), metrics.Metrics([], [], 0)
     assert "There is nothing in metrics.jsonl" in page.curves().text
@@ -267,6 +268,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(monkeypatch, caplog, cap
     refresh.on_epoch_end(0)
     assert "report.html cannot be written: [Errno 28] No space left" in caplog.text
     monkeypatch.setattr(reporting, "write", fail)
+    monkeypatch.setattr(run, "all_steps", lambda train: 24)
     data = types.SimpleNamespace(train=range(24))
     (said,) = run.report(types.SimpleNamespace(data=data))
     assert said.startswith("The report failed: [Errno 28] No space left on device")
