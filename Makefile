@@ -20,7 +20,7 @@ test: $(VENV)/.installed  ## Run the tests
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests
 
 slow: $(VENV)/.installed  ## Run the slow tests: kills, several processes, large files, large networks
-	$(VENV)/bin/python -m pytest -n 2 -m slow tests
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow tests
 
 load: $(VENV)/.installed  ## Send 2000 requests to an exported encoder, some malformed
 	$(VENV)/bin/python -m pytest -s tests/serving_load.py
