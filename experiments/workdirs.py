@@ -232,9 +232,11 @@ def note_versions(
         in_service: whether a data service reads it.
     """
     path = workdir / "versions.json"
-    packages = "tensorflow keras keras-cv tensorflow-datasets numpy pillow simplejpeg".split()
-    packages += ["scikit-image", "scikit-learn"]
-    now = {name: importlib.metadata.version(name) for name in packages}
+    packages = (
+        "tensorflow keras keras-cv tensorflow-datasets numpy pillow simplejpeg scikit-image "
+        "scikit-learn"
+    )
+    now = {name: importlib.metadata.version(name) for name in packages.split()}
     now |= {"isd_tf": isd_tf.__version__, "python": platform.python_version()}
     if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync

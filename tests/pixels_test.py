@@ -437,8 +437,9 @@ def test_a_damaged_jpeg_means_the_same_with_and_without_pillow(monkeypatch):
             expected = np.asarray(pixels.open_image(encoded))
         except pixels.UnreadableImage as error:
             reasons.append(str(error))
-            with pytest.raises(pixels.UnreadableImage, match=re.escape(reasons[-1])):
+            with pytest.raises(pixels.UnreadableImage) as without:
                 pixels.decode(encoded)
+            assert str(without.value) == reasons[-1]
         else:
             np.testing.assert_array_equal(pixels.decode(encoded), expected)
     assert len(reasons) > 50 and len(decoded) > 10 and len(reasons) + len(decoded) < 250
