@@ -1,13 +1,17 @@
 """One ISD step against its encoders' convolutions alone, and these against a product of matrices.
 
     PYTHONPATH=. python benchmarks/convolutions.py [ROUNDS]
+    PYTHONPATH=. python benchmarks/convolutions.py [ROUNDS] layers
 
 A step's convolutions run forward for student and teacher, and backward for the student, by weights
 and, but for the first, by inputs. Alone, they run in one graph on ready tensors of the same shapes.
 How many operations a second they do is compared with a product of two large matrices, about the
 most that the machine does. All take turns in one process.
+
+`layers` times every convolution by itself instead, and sums up by kernel and stride.
 """
 
+import collections
 import math
 import os
 import statistics
@@ -34,46 +38,59 @@ STEPS = (
 )
 
 
+def convolutions(encoder):
+    return [layer for layer in encoder.layers if isinstance(layer, keras.layers.Conv2D)]
+
+
+def ready(layer, batch):
+    """Numbers in the shapes of the layer's inputs and of the gradient to its outputs."""
+    shapes = (batch, *layer.input.shape[1:]), (batch, *layer.output.shape[1:])
+    return tuple(tf.random.normal(shape) for shape in shapes)
+
+
+def forward(layer, x, dy):
+    return tf.nn.conv2d(x, layer.kernel.value, **_how(layer))
+
+
+def to_weights(layer, x, dy):
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=x, filter_sizes=layer.kernel.shape, out_backprop=dy, **_how(layer)
+    )
+
+
+def to_inputs(layer, x, dy):
+    return tf.raw_ops.Conv2DBackpropInput(
+        input_sizes=x.shape, filter=layer.kernel.value, out_backprop=dy, **_how(layer)
+    )
+
+
+def _how(layer):
+    return dict(strides=[1, *layer.strides, 1], padding=layer.padding.upper())
+
+
 def bare_convolutions(model, batch):
     """A graph of all convolutions of a step of `model` and nothing else."""
-    students, teachers = (
-        [layer for layer in encoder.layers if isinstance(layer, keras.layers.Conv2D)]
-        for encoder in (model.student_encoder, model.teacher_encoder)
-    )
+    students, teachers = map(convolutions, (model.student_encoder, model.teacher_encoder))
     # Tensors of each layer's own, or TensorFlow would compute what is the same only once.
-    inputs = [tf.random.normal([batch, *layer.input.shape[1:]]) for layer in students]
-    gradients = [tf.random.normal([batch, *layer.output.shape[1:]]) for layer in students]
+    tensors = [ready(layer, batch) for layer in students]
 
     @tf.function
-    def run(inputs, gradients):
+    def run(tensors):
         results = []
         for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-            x, dy, kernel = inputs[i], gradients[i], student.kernel.value
-            how = dict(strides=[1, *student.strides, 1], padding=student.padding.upper())
-            for weights in (kernel, teacher.kernel.value):
-                results.append(tf.nn.conv2d(x, weights, **how))
-            results.append(
-                tf.raw_ops.Conv2DBackpropFilter(
-                    input=x, filter_sizes=kernel.shape, out_backprop=dy, **how
-                )
-            )
+            results += [part(student, *tensors[i]) for part in (forward, to_weights)]
+            results.append(forward(teacher, *tensors[i]))
             if i:
-                results.append(
-                    tf.raw_ops.Conv2DBackpropInput(
-                        input_sizes=x.shape, filter=kernel, out_backprop=dy, **how
-                    )
-                )
+                results.append(to_inputs(student, *tensors[i]))
         # So that none is left out.
         return tf.add_n([result[0, 0, 0, 0] for result in results])
 
-    return lambda: run(inputs, gradients).numpy()
+    return lambda: run(tensors).numpy()
 
 
-def operations(model, batch):
-    """Multiplications and additions of `bare_convolutions`, but for those with zeros beside it."""
-    layers = [x for x in model.student_encoder.layers if isinstance(x, keras.layers.Conv2D)]
-    once = [2 * batch * inside(x) ** 2 * math.prod(x.kernel.shape[2:]) for x in layers]
-    return 4 * sum(once) - once[0]
+def operations(layer, batch):
+    """Multiplications and additions of a layer, but for those with zeros beside its images."""
+    return 2 * batch * inside(layer) ** 2 * math.prod(layer.kernel.shape[2:])
 
 
 def inside(layer):
@@ -114,7 +131,9 @@ def main(rounds):
         times = [[seconds(work) for work in works] for _ in range(rounds)]
         steps, bares, products = zip(*times, strict=True)
         shares = [bare / step for step, bare in zip(steps, bares, strict=True)]
-        rate, most = operations(model, batch) / min(bares) / 1e9, 2 * SIDE**3 / min(products) / 1e9
+        counts = [operations(layer, batch) for layer in convolutions(encoder)]
+        rate = (4 * sum(counts) - counts[0]) / min(bares) / 1e9
+        most = 2 * SIDE**3 / min(products) / 1e9
         print(
             f"{name}, {size}x{size}, batch {batch}: step {min(steps):.3f} s, convolutions alone "
             f"{min(bares):.3f} s (best of {rounds}), their share {min(bares) / min(steps):.2f}, "
@@ -124,5 +143,38 @@ def main(rounds):
         )
 
 
+def by_layer(rounds):
+    product = product_of_matrices()
+    for name, size, batch, _ in STEPS:
+        sums = collections.defaultdict(lambda: [0.0, 0.0])
+        for i, layer in enumerate(convolutions(isd_tf.build_encoder(name, size))):
+            parts = {forward: 2, to_weights: 1} | ({to_inputs: 1} if i else {})  # times in a step
+            works = [*(alone(part, layer, batch) for part in parts), product]
+            for work in works:
+                work()  # compiles
+            times = [[seconds(work) for work in works] for _ in range(rounds)]
+            *bares, whole = (min(each) * 1e3 for each in zip(*times, strict=True))
+            as_product = whole * operations(layer, batch) / (2 * SIDE**3)
+            for (part, count), bare in zip(parts.items(), bares, strict=True):
+                sum_of = sums[layer.kernel_size[0], layer.strides[0], part.__name__]
+                sum_of[0] += count * bare
+                sum_of[1] += count * as_product
+        print(f"{name}, {size}x{size}, batch {batch}: ms, as a product of matrices, their ratio")
+        for (kernel, stride, part), (bare, product_ms) in sorted(sums.items()):
+            print(
+                f"    {kernel}x{kernel}, stride {stride}, {part:10} {bare:7.1f} {product_ms:7.1f} "
+                f"{bare / product_ms:5.2f}",
+                flush=True,
+            )
+
+
+def alone(part, layer, batch):
+    tensors = ready(layer, batch)
+    run = tf.function(lambda x, dy: part(layer, x, dy)[0, 0, 0, 0])
+    run = run.get_concrete_function(*tensors)
+    return lambda: run(*tensors).numpy()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    by_layer(rounds) if "layers" in sys.argv else main(rounds)
