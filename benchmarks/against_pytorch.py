@@ -101,6 +101,21 @@ ROWS = {
         FILES | dict(image_size=224, batch=32, calls=60),
         VIEWS,
     ),
+    # What hosts from `looks.GRAPH_CORES` cores on do, and the workers of a data service.
+    "views_224_by_graph": Row(
+        "the same pairs, decoded and cropped by TensorFlow's graph",
+        "pairs/s",
+        "views",
+        FILES | dict(image_size=224, batch=32, calls=40, by_graph=True),
+        VIEWS,
+    ),
+    "views_224_host_by_graph": Row(
+        "the host's half of them by TensorFlow's graph",
+        "pairs/s",
+        "host",
+        FILES | dict(image_size=224, batch=32, calls=60, by_graph=True),
+        VIEWS,
+    ),
     "views_32": Row(
         "pairs of views, 32x32 from arrays",
         "pairs/s",
@@ -260,7 +275,8 @@ def versions(python):
         "import importlib.metadata as m, json; have = {d.name.lower(): d.version for d in "
         f"m.distributions()}}; print(json.dumps({{n: have[n] for n in {names} if n in have}}))"
     )
-    return json.loads(subprocess.run([python, "-c", program], capture_output=True).stdout)
+    done = subprocess.run([python, "-c", program], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
 
 
 # ------------------------------------------------------------------------------------ the table

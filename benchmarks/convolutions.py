@@ -1,12 +1,13 @@
-"""One ISD step against its encoders' convolutions alone, and these against a product of matrices.
+"""One ISD step against its encoders alone, against their convolutions, and these against a product.
 
     PYTHONPATH=. python benchmarks/convolutions.py [ROUNDS]
     PYTHONPATH=. python benchmarks/convolutions.py [ROUNDS] layers
 
-A step's convolutions run forward for student and teacher, and backward for the student, by weights
-and, but for the first, by inputs. Alone, they run in one graph on ready tensors of the same shapes.
-How many operations a second they do is compared with a product of two large matrices, about the
-most that the machine does. All take turns in one process.
+The encoders alone run forward for student and teacher, and backward for the student: no heads, no
+similarities, no optimizer, no move of the teacher. Their convolutions alone, backward by weights
+and, but for the first, by inputs, run in one graph on ready tensors of the same shapes. How many
+operations a second these do is compared with a product of two large matrices, about the most that
+the machine does. All take turns in one process.
 
 `layers` times every convolution by itself instead, and sums up by kernel and stride.
 """
@@ -115,6 +116,22 @@ def isd_step(model, batch, size):
     return lambda: step(data)["loss"].numpy()
 
 
+def encoders_alone(model, batch, size):
+    views = tf.random.stateless_normal([2, batch, size, size, 3], [0, 0])
+    weights = model.student_encoder.trainable_variables
+
+    @tf.function
+    def run(views):
+        with tf.GradientTape() as tape:
+            features = model.student_encoder(views[1], training=True)
+        results = [model.teacher_encoder(views[0], training=True)]
+        results += tape.gradient(features, weights)
+        # So that none is left out.
+        return tf.add_n([tf.reshape(result, [-1])[0] for result in results])
+
+    return lambda: run(views).numpy()
+
+
 def seconds(work):
     start = time.perf_counter()
     work()
@@ -125,20 +142,28 @@ def main(rounds):
     for name, size, batch, heads in STEPS:
         encoder = isd_tf.build_encoder(name, size)
         model = isd_tf.ISD(encoder, *HEADS[heads](encoder.output_shape[-1]), QUEUE)
-        works = isd_step(model, batch, size), bare_convolutions(model, batch), product_of_matrices()
+        works = (
+            isd_step(model, batch, size),
+            encoders_alone(model, batch, size),
+            bare_convolutions(model, batch),
+            product_of_matrices(),
+        )
         for work in works:
             work()  # compiles
         times = [[seconds(work) for work in works] for _ in range(rounds)]
-        steps, bares, products = zip(*times, strict=True)
-        shares = [bare / step for step, bare in zip(steps, bares, strict=True)]
+        steps, encoders, bares, products = zip(*times, strict=True)
+        of_encoders, of_convolutions = (
+            statistics.median(part / step for step, part in zip(steps, parts, strict=True))
+            for parts in (encoders, bares)
+        )
         counts = [operations(layer, batch) for layer in convolutions(encoder)]
         rate = (4 * sum(counts) - counts[0]) / min(bares) / 1e9
         most = 2 * SIDE**3 / min(products) / 1e9
         print(
-            f"{name}, {size}x{size}, batch {batch}: step {min(steps):.3f} s, convolutions alone "
-            f"{min(bares):.3f} s (best of {rounds}), their share {min(bares) / min(steps):.2f}, "
-            f"median of rounds {statistics.median(shares):.2f}; {rate:.0f} billion operations a "
-            f"second, in a product of matrices {most:.0f}",
+            f"{name}, {size}x{size}, batch {batch}: step {min(steps):.3f} s, encoders alone "
+            f"{min(encoders):.3f} s, their convolutions alone {min(bares):.3f} s (best of "
+            f"{rounds}); shares, medians of rounds, {of_encoders:.3f} and {of_convolutions:.2f}; "
+            f"{rate:.0f} billion operations a second, in a product of matrices {most:.0f}",
             flush=True,
         )
 

@@ -5,6 +5,7 @@ import race
 import tensorflow as tf
 
 import isd_tf
+from isd_tf.data import looks
 from isd_tf.evaluation import features, knn
 from isd_tf.networks.heads import HEADS
 from isd_tf.views import augment
@@ -50,7 +51,7 @@ def neighbors(variant, sizes, folder):
     bank, queries = np.load(f"{folder}/bank.npy"), np.load(f"{folder}/queries.npy")
 
     def search():
-        nearest = knn._NearestNeighbors(queries, sizes["k"])
+        nearest = knn.NearestNeighbors(queries, sizes["k"])
         for first in range(0, len(bank), knn.BANK_CHUNK):
             nearest.add(bank[first : first + knn.BANK_CHUNK])
         return nearest.rows
@@ -90,6 +91,8 @@ def images_of(sizes, folder):
 
 
 def pairs(sizes, folder):
+    if "by_graph" in sizes:
+        looks.GRAPH_CORES = 0
     dataset, views = images_of(sizes, folder), ("weak", "strong")
     return isd_tf.pretraining_batches(dataset, views, sizes["image_size"], sizes["batch"], seed=0)
 

@@ -11,10 +11,7 @@ Exit codes: 0; 1 for an error that a sentence explains; 75 when the workers have
 130 and 143 when told to stop, by Ctrl-C and by SIGTERM.
 """
 
-import json
-import os
 import pathlib
-import random
 import sys
 import time
 
@@ -32,11 +29,13 @@ if __name__ == "__main__":
 
 program.import_tensorflow()
 import auto  # noqa: E402
+import beginning  # noqa: E402
+import devices  # noqa: E402
 import evaluations  # noqa: E402
-import flagfiles  # noqa: E402
 import keras  # noqa: E402
 import memory  # noqa: E402
 import plan  # noqa: E402
+import pretraining  # noqa: E402
 import reporting  # noqa: E402
 import run_data  # noqa: E402
 import teachers  # noqa: E402
@@ -45,21 +44,15 @@ import workdirs  # noqa: E402
 from absl import logging  # noqa: E402
 
 import isd_tf  # noqa: E402
-from isd_tf.data import check, subsets  # noqa: E402
+from isd_tf.data import check  # noqa: E402
 from isd_tf.data.decoding import REPLACED, Unreadable, explaining  # noqa: E402
-from isd_tf.evaluation import knn  # noqa: E402
 from isd_tf.networks import backbones  # noqa: E402
 from isd_tf.networks.heads import HEADS  # noqa: E402
-from isd_tf.report import health  # noqa: E402
 from isd_tf.training import checkpoints as checkpointing  # noqa: E402
-from isd_tf.training import cluster, distribution, initial_weights, metrics, monitoring  # noqa: E402
-from isd_tf.training.unreadable import CountUnreadable  # noqa: E402
+from isd_tf.training import cluster, initial_weights  # noqa: E402
 
 # What a check says of its progress.
 SECONDS_BETWEEN_REPORTS = 10
-DATASET = "dataset.json"  # Of a workdir: which images it was begun with.
-# Where no epoch is scored.
-EPOCHS_BETWEEN_PAGES = 10
 METHODS = {
     "isd": isd_tf.ISD,
     "moco_v2": isd_tf.MoCoV2,
@@ -83,13 +76,13 @@ def main():
     if FLAGS.stages == ["check"]:
         check_images()
         return
-    strategy = choose_devices()
+    strategy = devices.choose()
     with cluster.noticing_lost_peers(strategy):
         data = load_data(strategy)
         train = data.train if data else None
         chosen = choose_settings(strategy, train)
         encoder, initial = build_encoder(strategy)
-        model = build_model(strategy, encoder, steps_per_epoch(train))
+        model = build_model(strategy, encoder, run_data.steps_per_epoch(train))
         if FLAGS.stages == ["plan"]:
             show_plan(model, data, chosen)
             cluster.linger(strategy)
@@ -101,10 +94,10 @@ def main():
                 workdir / "checkpoints",
                 model,
                 FLAGS.keep_checkpoints,
-                FLAGS.keep_every_epochs * steps_per_epoch(train),
+                FLAGS.keep_every_epochs * run_data.steps_per_epoch(train),
                 continue_without=FLAGS.if_checkpoint_fails == "continue",
             )
-            begin_or_continue(workdir, checkpoints, data, initial)
+            beginning.begin_or_continue(workdir, checkpoints, data, initial)
             first_step = checkpoints.restore_newest()
             if first_step:
                 say(f"Continuing {workdir} after step {first_step}.")
@@ -127,7 +120,7 @@ def main():
 
 def check_images():
     """Lists what is odd about the images, before any training."""
-    train, test = load_splits()
+    train, test = run_data.load_splits()
     last = time.monotonic()
 
     def report(done, total):
@@ -144,96 +137,19 @@ def check_images():
         say(f"{check.summary(checked)}\nAll findings: {workdir / 'check.csv'}")
 
 
-def choose_devices():
-    if FLAGS.logical_cpus > 1:
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus
-        tf.config.set_logical_device_configuration(cpu, parts)
-    keras.config.set_dtype_policy(FLAGS.precision)
-    if FLAGS.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    tf_config = os.environ.get("TF_CONFIG", "")
-    takes_steps = {"pretrain", "plan"} & set(FLAGS.stages)
-    training = takes_steps or cluster.parse_tf_config(tf_config)
-    strategy = distribution.choose_strategy(
-        FLAGS.strategy if training else "one", tf_config, FLAGS.cluster_timeout
-    )
-    checkpointing.exit_when_told()
-    with cluster.noticing_lost_peers(strategy):
-        # First of all: different flags would part the workers' ways.
-        shared = [f for f in settings.own_flags() if f.name not in settings.MACHINES_OWN]
-        cluster.require_same(strategy, {f"--{flag.name}": str(flag.value) for flag in shared})
-    workers, replicas = cluster.number_of_workers(strategy), strategy.num_replicas_in_sync
-    synchronized, groups = settings.batch_norm()
-    if FLAGS.batch_size % (replicas * groups):
-        raise ValueError(
-            "The replicas, and their groups, share the batch evenly. Received: "
-            f"--batch_size={FLAGS.batch_size} for {replicas} replica{'s' * (replicas > 1)}"
-            + (f" of {groups} groups" if groups > 1 else "")
-            + f". Use a multiple of {replicas * groups}, or another --strategy or --batch_norm."
-        )
-    # Synchronised, BatchNorm sees all replicas' images.
-    alike = FLAGS.batch_size // (1 if synchronized else replicas * groups)
-    if alike == 1 and training:
-        raise ValueError(
-            "BatchNorm needs two images at least: of one, every feature becomes 0, and nothing is "
-            f"learned. Received: --batch_size={FLAGS.batch_size} for {replicas} "
-            f"replica{'s' * (replicas > 1)} with --batch_norm={FLAGS.batch_norm}. Use a larger "
-            "batch, or fewer replicas or groups."
-        )
-    if workers > 1 and FLAGS.logical_cpus > 1:
-        raise ValueError(
-            "A worker of a cluster trains on its GPUs or on its whole CPU. Received: "
-            f"--logical_cpus={FLAGS.logical_cpus}, which is for --strategy=mirrored."
-        )
-    if FLAGS.precision == "mixed_bfloat16" and not distribution.bfloat16_is_native():
-        logging.warning(
-            "These devices emulate bfloat16, many times slower than float32. --precision=float32 "
-            "is the faster one here."
-        )
-    here = replicas // workers
-    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    index = cluster.worker_index(strategy)
-    who = f"Worker {index} of {workers}{' (the chief)' * (index == 0)}: " if workers > 1 else ""
-    say(
-        f"{who}{here} {kind} replica{'s' * (here > 1)}"
-        + (f", {replicas} in all" if workers > 1 else "")
-        + f": global batch {FLAGS.batch_size}, replica batch {FLAGS.batch_size // replicas}."
-    )
-    moves = "teacher_momentum" in settings.METHODS[FLAGS.method]  # Or else sees no batch.
-    if FLAGS.batch_norm == "shuffled" and replicas == 1 and training and moves:
-        say(
-            "On one device there is nothing to shuffle: BatchNorm sees the whole batch. "
-            "--batch_norm=groups:N takes statistics of N parts, as N devices would."
-        )
-    if index > 0:
-        sys.stdout = open(
-            os.devnull, "w", errors="replace"
-        )  # The chief speaks for all; errors go to stderr.
-    return strategy
-
-
 def load_data(strategy):
     if FLAGS.stages == ["export"]:
         return None
-    # The chief first: what TFDS prepares on a shared disk, it prepares once.
-    for turn in (True, False):
-        with cluster.failing_together(strategy):
-            if cluster.is_chief(strategy) == turn:
-                train, test = load_splits()
-                data = unbalanced(train, test) or run_data.Data(train, train, test)
-                if data.train is not train:
-                    say(isd_tf.datasets.describe(data.train))
-    train = data.train
-    cluster.require_same(strategy, {"images": json.dumps(fingerprint(train))})
+    data = run_data.load(strategy)
     evaluations.check_data(data)
-    if FLAGS.batch_size > len(train):
+    if FLAGS.batch_size > len(data.train):
         raise ValueError(
             f"A batch must fit into the dataset. Received: --batch_size={FLAGS.batch_size} for "
-            f"{len(train)} images of {train.name}. Lower --batch_size, and --queue_size with it."
+            f"{len(data.train)} images of {data.train.name}. Lower --batch_size, and --queue_size "
+            "with it."
         )
-    if steps_per_epoch(train) % FLAGS.steps_per_execution:
-        steps = steps_per_epoch(train)
+    steps = run_data.steps_per_epoch(data.train)
+    if steps % FLAGS.steps_per_execution:
         fitting = [str(n) for n in range(1, min(steps, 100) + 1) if steps % n == 0]
         raise ValueError(
             f"--steps_per_execution must divide the {steps} steps of an epoch. Received: "
@@ -286,44 +202,6 @@ def tell_settings(train, chosen):
         say(few)
     if large := plan.queue_warning(len(train)):
         logging.warning(large)
-
-
-def load_splits():
-    train, test = isd_tf.datasets.load(
-        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
-    )
-    for dataset in (train, test):
-        if dataset:
-            say(isd_tf.datasets.describe(dataset))
-    return train, test
-
-
-def unbalanced(train, test):
-    if not FLAGS.unbalanced:
-        return None
-    numbers = FLAGS.unbalanced.split(",")
-    if all(number.strip().isdigit() for number in numbers) and len(numbers) == 3:
-        draw = subsets.unbalance(train, test, *map(int, numbers), FLAGS.unbalanced_seed)
-    elif len(numbers) == 1:
-        draw = subsets.unbalance_by_list(train, test, FLAGS.unbalanced)
-    else:
-        raise ValueError(
-            "--unbalanced must be LARGE,RARE,IMAGES, such as 8,30,100, or a list's path. Received: "
-            f"{FLAGS.unbalanced}."
-        )
-    return run_data.Data(*draw)
-
-
-def fingerprint(train):
-    return {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
-
-
-def steps_per_epoch(train):
-    return len(train) // FLAGS.batch_size if train else 1
-
-
-def all_steps(train):
-    return FLAGS.epochs * steps_per_epoch(train)
 
 
 def build_encoder(strategy):
@@ -388,65 +266,18 @@ def show_plan(model, data, chosen):
     train, workdir = data.train, pathlib.Path(FLAGS.workdir)
     if settings.is_begun():
         with cluster.failing_together(model.distribute_strategy):
-            require_same_run(workdir, train)
+            beginning.require_same_run(workdir, train)
     unreadable = Unreadable(len(train), FLAGS.max_unreadable, REPLACED, FLAGS.max_pixels)
     with explaining([unreadable]):
-        batches_from = pretraining_stream(model.distribute_strategy, train, unreadable)
+        batches_from = pretraining.stream(model.distribute_strategy, train, unreadable)
         say(plan.show(model, data, chosen, batches_from(0)))
-
-
-def begin_or_continue(workdir, checkpoints, data, initial):
-    """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
-    teacher = None
-    if FLAGS.method == "compress":  # Its teacher is in no checkpoint.
-        teacher = teachers.record(checkpoints.model.encoders()["teacher"])
-        cluster.require_same(checkpoints.strategy, {"teacher": json.dumps(teacher)})
-    with cluster.failing_together(checkpoints.strategy):
-        if not cluster.is_chief(checkpoints.strategy):
-            return
-        train = data.train if data else None
-        if data:
-            workdirs.name_left_out(workdir, data.bank, data.test)
-        if not checkpoints.exist:
-            (workdir / workdirs.METRICS).unlink(missing_ok=True)  # Of a run that saved nothing.
-            flagfiles.write(workdir / "run.flags", settings.own_flags())
-            (workdir / DATASET).write_text(json.dumps(fingerprint(train)) + "\n")
-            if train:
-                workdirs.keep_images(workdir, train)
-            if initial:
-                workdirs.keep_initial_weights(workdir, initial, checkpoints.model.student_encoder)
-            if teacher:
-                workdirs.write_json(workdir / workdirs.TEACHER, teacher)
-        else:
-            require_same_run(workdir, train)
-            if teacher:
-                workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
-        stages = ",".join(FLAGS.stages)
-        trained_on = train if "pretrain" in FLAGS.stages else None
-        workdirs.note_versions(workdir, checkpoints, stages, trained_on, bool(FLAGS.data_service))
-
-
-def require_same_run(workdir, train):
-    """Raises ValueError where a workdir was begun with another recipe, weights or images."""
-    flagfiles.require_same(workdir / "run.flags", settings.recipe())
-    workdirs.require_same_initial_weights(workdir)
-    record, now = workdir / DATASET, fingerprint(train)
-    before = workdirs.read_json(record) if record.exists() else now
-    if train and before != now:
-        same_number = before["images"] == len(train)
-        raise ValueError(
-            f"The workdir {workdir} was begun with other images: {before['images']} then, "
-            f"{len(train)} of {train.name} now"
-            + (workdirs.say_other_image(workdir, train) if same_number else "")
-            + ". Restore them to continue it, or use another --workdir."
-        )
 
 
 def run_stages(model, checkpoints, first_step, data, workdir):
     run = evaluations.Run(model, data, settings.views(), workdir, checkpoints, counters=[])
     with explaining(run.counters):
         if "pretrain" in FLAGS.stages:
-            pretrain(run, first_step)
+            pretraining.pretrain(run, first_step)
         elif not first_step:
             raise ValueError(
                 f"{workdir} holds no checkpoint to evaluate or export. Add pretrain to --stages."
@@ -467,118 +298,6 @@ def run_stages(model, checkpoints, first_step, data, workdir):
                 raise ValueError(" ".join(failures))
 
 
-def pretrain(run, first_step):
-    model, train, checkpoints, workdir = run.model, run.data.train, run.checkpoints, run.workdir
-    unreadable = run.counter(train, REPLACED)
-    if first_step >= all_steps(train):
-        say("The pretraining is complete.")
-        return
-    strategy = checkpoints.strategy
-    batches_from = pretraining_stream(strategy, train, unreadable)
-    start = time.monotonic()
-    last_means = {}
-
-    def record_epoch(epoch, logs):
-        # Accuracies are the evaluation's to tell.
-        scored = ("nn", "nn_rare")
-        means = {name: float(value) for name, value in logs.items() if not name.endswith(scored)}
-        means["pretrain_seconds_since_start"] = time.monotonic() - start
-        last_means.update(means)
-        means["unreadable_images"] = counting.count
-        try:
-            workdirs.record(workdir, means, checkpoints.step)
-        except OSError as error:
-            if FLAGS.if_checkpoint_fails == "stop":
-                raise
-            logging.error("The epoch's results cannot be written (%s).", error)
-
-    counting = CountUnreadable(
-        strategy, unreadable.met_before, unreadable.refusal, FLAGS.batch_size
-    )
-    stop = checkpointing.StopWhenTold(checkpoints)
-    watching = [
-        monitoring.EpochMeans(),
-        monitoring.Throughput(FLAGS.batch_size),
-        *knn_callback(run, stop),
-        monitoring.Progress(FLAGS.epochs),
-        monitoring.TensorBoardLog(workdir / "logs", FLAGS.log_every_steps),
-        metrics.MetricsLog(
-            workdir / workdirs.METRICS, steps_per_epoch(train), FLAGS.log_every_steps
-        ),
-        *page_callback(run, stop),
-        keras.callbacks.LambdaCallback(on_epoch_end=record_epoch),
-    ]
-    checking = [monitoring.CheckReplicas(settings.batch_norm()[0])] if FLAGS.check_replicas else []
-    checkpointing.fit_from_step(
-        model,
-        batches_from,
-        first_step,
-        steps_per_epoch(train),
-        FLAGS.epochs,
-        callbacks=[
-            counting,
-            checkpointing.StopAtNonFiniteLoss(checkpoints),
-            *checking,
-            *(watching if cluster.is_chief(strategy) else []),
-            checkpointing.SaveCheckpoints(checkpoints, FLAGS.checkpoint_every_steps),
-            stop,
-        ],
-        verbose=0,
-    )
-    if last_means.get("embedding_std", 1) < health.COLLAPSED_STD:
-        logging.warning(
-            "Nothing was learned: all images have nearly the same embedding (embedding_std %.2g, "
-            "where about 1 is usual). Are they all alike, black for example? --stages=check looks "
-            "at them. If they are not, try a lower --learning_rate or a higher --teacher_momentum.",
-            last_means["embedding_std"],
-        )
-
-
-def pretraining_stream(strategy, train, unreadable):
-    """Returns a function from a step to the batches from there on."""
-    service = None
-    if FLAGS.data_service:
-        # The chief's number names the job: an earlier start's would hold batches of other steps.
-        number = cluster.gather_from_workers(strategy, random.SystemRandom().getrandbits(60))[0]
-        service = isd_tf.DataService(FLAGS.data_service, f"{number}")
-
-    def batches_from(step):
-        return strategy.distribute_datasets_from_function(
-            lambda context: isd_tf.pretraining_batches(
-                train,
-                settings.views(),
-                FLAGS.image_size,
-                FLAGS.batch_size,
-                FLAGS.seed,
-                step,
-                unreadable,
-                context,
-                service,
-            )
-        )
-
-    return batches_from
-
-
-def knn_callback(run, stop):
-    data, every = run.data, FLAGS.knn_every_epochs
-    if not every or run_data.reason_not_to_score(data):
-        return []
-    bank, queries = run.batches(data.bank), run.batches(data.test)
-    references = {}
-    # What the page holds the student against; compress, as it is on the way to its teacher.
-    if "report" in FLAGS.stages or FLAGS.method == "compress":
-        references = {"raw_pixels": knn.raw_pixels, "untrained": run.encoder("untrained")}
-    return [knn.EvaluateKNN(bank, queries, every, data.rare_labels, references, lambda: stop.told)]
-
-
-def page_callback(run, stop):
-    if "report" not in FLAGS.stages:
-        return []
-    every = FLAGS.knn_every_epochs or EPOCHS_BETWEEN_PAGES
-    return [reporting.Refresh(run, all_steps(run.data.train), every, lambda: stop.told)]
-
-
 def export(run):
     """Exports the encoder; returns what went wrong, as evaluations.evaluate does."""
     failures = []
@@ -597,7 +316,7 @@ def export(run):
 def report(run):
     """Writes the page; returns what went wrong, as evaluations.evaluate does."""
     try:
-        say(f"Page to look at: {reporting.write(run, all_steps(run.data.train))}")
+        say(f"Page to look at: {reporting.write(run, run_data.all_steps(run.data.train))}")
     except Exception as error:
         return [program.failure("The report", error)]
     return []

@@ -1,14 +1,19 @@
 """The images of a run, and whether the labels of some can be predicted from those of others."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
+import settings
+import tensorflow as tf
 from program import say
+from settings import FLAGS
 
 import isd_tf
-from isd_tf.data import check
+from isd_tf.data import check, subsets
 from isd_tf.data.datasets import ArrayDataset, Dataset, RecordDataset, is_labelled
 from isd_tf.data.folders import shown
+from isd_tf.training import cluster
 
 
 class Data(NamedTuple):
@@ -18,6 +23,58 @@ class Data(NamedTuple):
     bank: Dataset  # whose labels are known to the evaluation: the same, unless --unbalanced
     test: Dataset | None
     rare_labels: tuple[int, ...] = ()
+
+
+def load(strategy: tf.distribute.Strategy) -> Data:
+    """The images that the flags name, the same for all workers.
+
+    Raises:
+        ValueError, OSError: for images that cannot be found, or are others for another worker.
+    """
+    # The chief first: what TFDS prepares on a shared disk, it prepares once.
+    for turn in (True, False):
+        with cluster.failing_together(strategy):
+            if cluster.is_chief(strategy) == turn:
+                train, test = load_splits()
+                data = _unbalanced(train, test) or Data(train, train, test)
+                if data.train is not train:
+                    say(isd_tf.datasets.describe(data.train))
+    cluster.require_same(strategy, {"images": json.dumps(fingerprint(data.train))})
+    return data
+
+
+def load_splits() -> tuple[Dataset, Dataset | None]:
+    """The images to train on and to test with, as they are."""
+    train, test = isd_tf.datasets.load(
+        FLAGS.dataset, FLAGS.train_split, FLAGS.test_split, FLAGS.data_dir, FLAGS.image_list
+    )
+    for dataset in (train, test):
+        if dataset:
+            say(isd_tf.datasets.describe(dataset))
+    return train, test
+
+
+def _unbalanced(train, test):
+    if not FLAGS.unbalanced:
+        return None
+    if numbers := settings.unbalanced_numbers():
+        return Data(*subsets.unbalance(train, test, *numbers, FLAGS.unbalanced_seed))
+    return Data(*subsets.unbalance_by_list(train, test, FLAGS.unbalanced))
+
+
+def fingerprint(train: Dataset | None) -> dict:
+    """What tells these images from others."""
+    return {"images": len(train), "digest": isd_tf.datasets.fingerprint(train)} if train else {}
+
+
+def steps_per_epoch(train: Dataset | None) -> int:
+    """Of as many batches as can be filled; 1 where nothing is trained."""
+    return len(train) // FLAGS.batch_size if train else 1
+
+
+def all_steps(train: Dataset | None) -> int:
+    """Of the whole training."""
+    return FLAGS.epochs * steps_per_epoch(train)
 
 
 def asked_images(data: Data) -> Dataset:

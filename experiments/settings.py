@@ -427,6 +427,23 @@ def batch_norm() -> tuple[bool, int]:
     return kind == "synchronized", 1
 
 
+def unbalanced_numbers() -> tuple[int, int, int] | None:
+    """LARGE, RARE and IMAGES of --unbalanced; None where it is not set or names a list.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    parts = (FLAGS.unbalanced or "").split(",")
+    if len(parts) == 1:
+        return None
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(
+            "--unbalanced must be LARGE,RARE,IMAGES, such as 8,30,100, or a list's path. Received: "
+            f"{FLAGS.unbalanced}."
+        )
+    return tuple(map(int, parts))
+
+
 def numbers(name: str, kind: type) -> list[float] | list[int]:
     """The numbers of a list flag, int or float: rates and decays, positive as L-BFGS needs it."""
     try:

@@ -115,6 +115,7 @@ def _check_recipe(typed):
     _check_encoder()
     settings.views()
     settings.batch_norm()
+    settings.unbalanced_numbers()
     _check_initial_weights()
     _check_export()
     _check_teacher()

@@ -15,15 +15,15 @@ def test_views_are_the_same_eagerly_in_tf_data_and_on_replicas(recipe, two_repli
     eager = view(images, seeds, 24).numpy()
 
     mapped = tf.data.Dataset.from_tensors((images, seeds)).map(lambda i, s: view(i, s, 24))
-    np.testing.assert_allclose(mapped.get_single_element(), eager, atol=1e-5)
+    np.testing.assert_allclose(mapped.get_single_element(), eager, rtol=0, atol=2e-6)
 
     one_by_one = tf.data.Dataset.from_tensor_slices((images, seeds)).batch(1)
     one_by_one = np.concatenate([view(i, s, 24) for i, s in one_by_one])
-    np.testing.assert_allclose(one_by_one, eager, atol=1e-5)
+    np.testing.assert_array_equal(one_by_one, eager)
 
     run = tf.function(lambda: two_replicas.run(lambda: view(images, seeds, 24)))
     for replica in two_replicas.experimental_local_results(run()):
-        np.testing.assert_allclose(replica, eager, atol=1e-5)
+        np.testing.assert_allclose(replica, eager, rtol=0, atol=2e-6)
 
 
 def test_views_differ_by_either_part_of_the_seed():
@@ -70,12 +70,19 @@ def test_evaluation_view_passes_images_of_the_training_size_unresized():
 @pytest.mark.parametrize("recipe", ["weak", "strong"])
 def test_a_view_has_the_same_bits_however_many_images_come_with_it(recipe):
     """Workers prepare parts of a batch, and must not see other views than one process would."""
-    for size in (17, 32):
-        cut = tf.constant(np.random.default_rng(0).integers(0, 256, (60, size, size, 3), np.uint8))
-        whole = augment.finish({recipe: (cut, some_seeds(60))})
-        for rows in (2, 3, 15, 30):
-            parts = [
-                augment.finish({recipe: (cut[first:last], some_seeds(60)[first:last])})
-                for first, last in zip(range(0, 60, rows), range(rows, 61, rows), strict=True)
-            ]
-            np.testing.assert_array_equal(tf.concat(parts, 0), whole)
+    for size, count in ((17, 60), (32, 60), (224, 12)):
+        cut = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+        for rows in (2, 3, count // 4, count // 2):
+            np.testing.assert_array_equal(*in_parts(recipe, cut, rows))
+        # Of an image alone XLA rounds the strong view otherwise, in the last bits of some values.
+        np.testing.assert_allclose(*in_parts(recipe, cut, 1), rtol=0, atol=2e-6)
+
+
+def in_parts(recipe, cut, rows):
+    """The views of so many images at a time, and of all at once."""
+    images, seeds = tf.constant(cut), some_seeds(len(cut))
+    parts = [
+        augment.finish({recipe: (images[first : first + rows], seeds[first : first + rows])})
+        for first in range(0, len(cut), rows)
+    ]
+    return tf.concat(parts, 0), augment.finish({recipe: (images, seeds)})

@@ -182,7 +182,7 @@ def test_neighbours_are_those_of_a_stable_sort(k, distinct, ends, monkeypatch):
     random = np.random.default_rng(0)
     bank = (random.integers(0, distinct, (300, 2)) - distinct // 2).astype(np.float32)
     queries = random.integers(-3, 4, (20, 2)).astype(np.float32)
-    search = knn._NearestNeighbors(queries, k)
+    search = knn.NearestNeighbors(queries, k)
     for part in np.split(bank, ends):
         search.add(part)
     expected = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :k]
@@ -225,6 +225,6 @@ def test_float64_encoders_are_accepted(float64):
 
 def test_neighbours_at_a_right_angle_are_found():
     """The first chunk's bound is then exactly zero, and what equals it counts."""
-    search = knn._NearestNeighbors(np.eye(4, dtype=np.float32)[:1], 3)
+    search = knn.NearestNeighbors(np.eye(4, dtype=np.float32)[:1], 3)
     search.add(np.eye(4, dtype=np.float32)[[1, 2, 0, 3]])
     np.testing.assert_array_equal(search.rows, [[2, 0, 1]])

@@ -45,6 +45,7 @@ def without_tensorflow(tmp_path):
         ("run.py", ["--dataset=folder"], "run.py: A recipe must set --image_size, --views"),
         ("run.py", ["--flagfile=quickstart.flags", "--epochs=x"], "run.py: flag --epochs=x: "),
         ("run.py", ["--flagfile=quickstart.flags", "--encoder=vit"], "Expected one of resnet18"),
+        ("run.py", ["--flagfile=quickstart.flags", "--unbalanced=8,30"], "LARGE,RARE,IMAGES"),
         ("run.py", ["--flagfile=quickstart.flags", "now"], "must be flags. Received: now."),
         ("launch.py", ["--help"], "--restarts=3 -- "),
         ("launch.py", ["--workers=0", "--", "--x"], "must be at least 1"),
@@ -84,9 +85,9 @@ def test_what_follows_a_training_begins_its_help_with_an_example(program, withou
 @pytest.mark.parametrize(
     "module",
     [
-        *("data_service", "embed", "embed_beam", "evaluations", "flagfiles", "launch", "program"),
-        *("finetune_settings", "run_data", "search", "search_results", "settings"),
-        "settings_checks",
+        *("beginning", "data_service", "devices", "embed", "embed_beam", "evaluations"),
+        *("finetune_settings", "flagfiles", "launch", "pretraining", "program", "run_data"),
+        *("search", "search_results", "settings", "settings_checks"),
     ],
 )
 def test_a_file_can_be_imported_alone(module, tmp_path):

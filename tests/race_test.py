@@ -5,7 +5,12 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from PIL import Image
+
+from isd_tf.data import looks
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 # A contestant whose thread writes the time into a file whenever it may run.
@@ -90,7 +95,52 @@ def test_the_variant_with_the_best_median_counts(benchmark):
 
 def test_rows_are_chosen_by_how_their_names_begin(benchmark):
     against = benchmark("against_pytorch")
-    assert list(against.chosen_rows("knn,views_224")) == ["views_224", "views_224_host", "knn"]
+    assert list(against.chosen_rows("knn,views_224")) == [
+        *("views_224", "views_224_host", "views_224_by_graph", "views_224_host_by_graph", "knn")
+    ]
     assert against.chosen_rows("") == against.ROWS
     with pytest.raises(SystemExit, match="Received: nothing"):
         against.chosen_rows("views,nothing")
+
+
+SMALL = dict(image_size=8, batch=2, calls=1, files=4, encoder="tiny_resnet", heads="isd")
+SMALL |= dict(queue_size=8, temperatures=(0.1, 0.1), learning_rate=0.1, k=2)
+
+
+@pytest.mark.parametrize(
+    "kind, variant, own, things",
+    [
+        ("step", "isd_tf", {}, 2),
+        ("views", "isd_tf", {"images": "files"}, 2),
+        ("views", "isd_tf", {"images": "files", "by_graph": True}, 2),
+        ("host", "isd_tf", {"images": "patches"}, 2),
+        ("training", "isd_tf", {"images": "patches"}, 2),
+        ("neighbors", "isd_tf", {}, 3),
+        ("evaluation", "features", {"images": "files"}, 2),
+        ("evaluation", "encoder alone", {"images": "patches"}, 2),
+    ],
+)
+def test_each_kind_of_row_runs_on_our_side(
+    kind, variant, own, things, benchmark, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(looks, "GRAPH_CORES", looks.GRAPH_CORES)  # A row by the graph sets it.
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (4, 9, 10, 3), np.uint8)
+    np.save(tmp_path / "patches.npy", pictures)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.jpg")
+    for name, count in (("bank", 5), ("queries", 3)):
+        np.save(tmp_path / f"{name}.npy", random.standard_normal((count, 4)).astype(np.float32))
+    make = getattr(benchmark("race_isd_tf"), kind)
+    done, seconds = make(variant, SMALL | own, str(tmp_path))()
+    assert done == things and seconds > 0
+    assert ("by_graph" in own) == (looks.GRAPH_CORES == 0)
+
+
+@pytest.mark.parametrize("form", ["at once", "in chunks"])
+def test_the_forms_of_the_divergence_can_be_raced(form, benchmark):
+    kl = benchmark("kl")
+    rows = tf.constant(np.eye(512, dtype=np.float32)[:6])
+    loss, gradient, entropy, nearest = kl.loss_and_gradient(form)(rows[:2], rows[:2], rows)
+    assert np.isfinite(loss) and gradient.shape == (2, 512)
+    np.testing.assert_array_equal(nearest[:, 0], [0, 1])

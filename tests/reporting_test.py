@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "experiments"))
 import report_images  # noqa: E402
 import reporting  # noqa: E402
 import run  # noqa: E402
+import run_data  # noqa: E402
 import workdirs  # noqa: E402
 from in_process import call  # noqa: E402
 from small_runs import small_run  # noqa: E402
@@ -268,7 +269,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(monkeypatch, caplog, cap
     refresh.on_epoch_end(0)
     assert "report.html cannot be written: [Errno 28] No space left" in caplog.text
     monkeypatch.setattr(reporting, "write", fail)
-    monkeypatch.setattr(run, "all_steps", lambda train: 24)
+    monkeypatch.setattr(run_data, "all_steps", lambda train: 24)
     data = types.SimpleNamespace(train=range(24))
     (said,) = run.report(types.SimpleNamespace(data=data))
     assert said.startswith("The report failed: [Errno 28] No space left on device")

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "isd_tf"
-# Each room, and the rooms whose files it may import, from the ground up. What stands in no other
-# row knows TensorFlow and Keras alone.
+# Each room, and the rooms whose files it may import, from the ground up. Those that may import none
+# know TensorFlow and Keras alone.
 MAY_IMPORT = {
     "views": (),
     "networks": ("views",),

@@ -25,6 +25,7 @@ from isd_tf.data import looks
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import devices  # noqa: E402
 import flagfiles  # noqa: E402
 import run  # noqa: E402
 import workdirs  # noqa: E402
@@ -243,6 +244,16 @@ def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
         assert (tmp_path / "saved_model" / "1").is_dir()
 
 
+@pytest.mark.slow
+def test_the_quickstart_learns(tmp_path):
+    """As long as README says, on its own images. Other processors may end in other digits."""
+    subprocess.run(command("--flagfile=quickstart.flags", "--stages=pretrain,evaluate",
+                           "--evaluations=knn", f"--workdir={tmp_path}"), check=True)  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == 16 * (10_800 // 64) and results["student_1nn"] >= 0.76
+    assert results["student_1nn"] > results["untrained_1nn"] + 0.15 > results["raw_pixels_1nn"]
+
+
 def test_recipes_are_the_papers():
     def settings(name):
         lines = flagfiles.expand([f"--flagfile={name}"])
@@ -355,11 +366,11 @@ def test_a_queue_larger_than_the_dataset_warns(photos, tmp_path, caplog):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_that_is_emulated_warns(native, photos, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(run.distribution, "bfloat16_is_native", lambda: native)
+    monkeypatch.setattr(devices.distribution, "bfloat16_is_native", lambda: native)
     before = keras.config.dtype_policy()
     set_flags(*small_run(photos, tmp_path, "--precision=mixed_bfloat16"))
     try:
-        run.choose_devices()
+        devices.choose()
     finally:
         keras.config.set_dtype_policy(before)
     assert ("emulate bfloat16" in caplog.text) == (not native)

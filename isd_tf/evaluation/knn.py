@@ -65,7 +65,7 @@ def knn_accuracy(
     labels = np.concatenate([chunk_labels for _, chunk_labels in query_chunks])
     require_labels(labels, "queries")
     searches = {
-        name: _NearestNeighbors(
+        name: NearestNeighbors(
             unit_rows(np.concatenate([features[name] for features, _ in query_chunks])),
             max(neighbors),
         )
@@ -116,7 +116,7 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, 
             f"The bank must have {k} rows of {queries.shape[1]} numbers or more. Received: "
             f"{len(bank)} of {bank.shape[1]}."
         )
-    search = _NearestNeighbors(unit_rows(queries), k)
+    search = NearestNeighbors(unit_rows(queries), k)
     for first in range(0, len(bank), BANK_CHUNK):
         search.add(unit_rows(bank[first : first + BANK_CHUNK]))
     return search.rows, search.similarities
@@ -205,8 +205,13 @@ class _HurriedError(Exception):
     pass
 
 
-class _NearestNeighbors:
-    """The k most similar bank rows of each query, kept while the bank streams past."""
+class NearestNeighbors:
+    """The k most similar bank rows of each query, kept while the bank streams past.
+
+    Args:
+        queries: float32 [Q, C], compared as they are.
+        k: neighbours to keep.
+    """
 
     def __init__(self, queries: np.ndarray, k: int):
         self.seen = 0
@@ -220,13 +225,14 @@ class _NearestNeighbors:
         ]
 
     def add(self, features: np.ndarray) -> None:
+        """Shows it the next rows of the bank, float32 [n, C]."""
         part, seen = tf.convert_to_tensor(features), tf.constant(self.seen, tf.int64)
         self.best = _merge(self.queries, self.best, part, seen, is_first=self.seen == 0)
         self.seen += len(features)
 
     @property
     def rows(self) -> np.ndarray:
-        """Bank rows [Q, k], nearest first."""
+        """Bank rows int64 [Q, k], nearest first."""
         return np.concatenate([rows for _, rows in self.best])
 
     @property

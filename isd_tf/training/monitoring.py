@@ -36,11 +36,11 @@ class EpochMeans(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Shows how far an epoch is, its mean loss so far, and a line about it at its end.
+    """Shows how far an epoch is, its mean loss, the share of time spent waiting for data so far.
 
-    In a terminal a bar that fits into 80 columns, elsewhere a line every so often. The time left at
-    the end of an epoch is that of the whole training, scoring included. (Keras' own bar
-    shows every value, wraps, and then fills the screen.)
+    In a terminal a bar that fits into 80 columns, elsewhere a line every so often, and a line about
+    the epoch at its end. The time left there is that of the whole training, scoring included.
+    (Keras' own bar shows every value, wraps, and then fills the screen.)
 
     Args:
         epochs: of the whole training.
@@ -60,22 +60,23 @@ class Progress(keras.callbacks.Callback):
         self._bar, self._losses, self._executions = None, 0.0, 0
         if sys.stdout.isatty():
             # Left to Keras' bar, the mean would be the last step's loss at the end.
-            shown_as_given = ["loss", "images/s"]
+            shown_as_given = ["loss", "waiting"]
             self._bar = keras.utils.Progbar(
                 self.params["steps"], width=10, stateful_metrics=shown_as_given
             )
 
     def on_train_batch_end(self, batch, logs=None):
         step, steps = batch + 1, self.params["steps"]
-        rate = logs.get("images_per_second", 0.0)
+        waiting = logs.get("waiting_share", 0.0)
         self._losses, self._executions = self._losses + logs["loss"], self._executions + 1
         loss = self._losses / self._executions
         if self._bar:
-            values = [("loss", loss), ("images/s", rate)]
+            # The time of a step is the bar's own.
+            values = [("loss", loss), ("waiting", waiting)]
             self._bar.update(step, values, finalize=step == steps)
         elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
-            waiting = logs.get("waiting_share", 0.0)
+            rate = logs.get("images_per_second", 0.0)
             print(
                 f"  step {step} of {steps}: loss {loss:.4f}, {rate:.0f} images/s, "
                 f"{waiting:.0%} waiting for data",
