@@ -44,7 +44,7 @@ def loss_and_gradient(form):
     return run
 
 
-def megabytes(what):
+def mebibytes(what):
     """VmRSS, what the process holds, or VmHWM, the most that it held."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(what))
@@ -58,9 +58,9 @@ def measure_memory(form):
     for first in range(0, QUEUE, 1024):
         variable[first : first + 1024].assign(unit_rows(1024, first))
     inputs = unit_rows(BATCH, 0), unit_rows(BATCH, 1), tf.identity(variable)
-    before = megabytes("VmRSS")
+    before = mebibytes("VmRSS")
     loss_and_gradient(form)(*inputs)
-    print(megabytes("VmHWM") - before)
+    print(mebibytes("VmHWM") - before)
 
 
 def compare_forms():
@@ -91,7 +91,7 @@ def compare_forms():
         child = subprocess.run(command, capture_output=True, text=True, env=environment)
         peaks[form] = float(child.stdout)
     share = peaks["in chunks"] / peaks["at once"]
-    print(f"peak memory in MB: {peaks}, in chunks / at once: {share:.3f}")
+    print(f"peak memory in MiB: {peaks}, in chunks / at once: {share:.3f}")
 
 
 def run_step(queue_size):
@@ -104,7 +104,7 @@ def run_step(queue_size):
         start = time.perf_counter()
         loss = float(step(batch)["loss"])
         print(f"loss {loss:.4f}, {time.perf_counter() - start:.1f} s")
-    print(f"peak of the process: {megabytes('VmHWM') / 1024:.1f} GB")
+    print(f"peak of the process: {mebibytes('VmHWM') / 1024:.1f} GiB")
 
 
 if __name__ == "__main__":

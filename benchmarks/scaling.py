@@ -82,14 +82,18 @@ def passing_bytes(net: Sizes, queue: int, dimension: int, batch: int, side: int,
     """Bytes of what a replica holds for a while in each step, without activations."""
     own = batch // replicas
     crop, seed, view = 3 * side**2, 16, 12 * side**2  # uint8, two int64, float32
-    streamed = own * queue >= losses.STREAMED_FROM
+    # Matrices at a time, least and most: docs/scaling.md, section 1.
+    if own * queue >= losses.STREAMED_FROM:
+        least, most, matrix = 18, 21, 4 * 2 * own * losses.CHUNK
+    else:
+        least, most, matrix = 5, 10, 4 * own * queue
     gathers = replicas > 1 and batch_norm == "shuffled"
     return {
         # Where they are exchanged, also in one piece before and after.
         "gradients": 4 * net.trainable * (3 if replicas > 1 else 1),
         "anchors as read": 4 * queue * dimension,
-        # About seven at a time, by benchmarks/kl.py's 863 MB; streamed, 85 MB at b = 256.
-        "similarities": 330_000 * own if streamed else 7 * 4 * own * queue,
+        "similarities, least": least * matrix,
+        "similarities, most": most * matrix,
         "crops and seeds": 2 * (crop + seed) * own,
         "views": 2 * view * own,
         # What arrives, put together, sorted by replica, and this replica's part of it.
@@ -143,8 +147,9 @@ class Machines(NamedTuple):
     matmul: float = 5e13  # operations a second of float32 matrix products (TF32)
 
 
-# Two 224x224 crops from a JPEG: docs/performance.md, make benchmark ONLY=views_224_host.
-PAIRS_PER_CORE = 234
+# A JPEG decoded and cropped twice to 224x224 in TensorFlow's graph, as large hosts do it: 0.75 and
+# 3.68 core-milliseconds by benchmarks/cost.py pair; docs/performance.md, section 2.
+PAIRS_PER_CORE = 1000 / (0.75 + 3.68)
 VIEW_PASSES = 20  # over float32 views on the device, about: docs/performance.md, section 4
 IMAGES = 1_281_167  # of ImageNet's train split
 IMAGE_BYTES = 110_000  # an ImageNet JPEG, on average
@@ -167,12 +172,14 @@ def step_seconds(
     student, teacher = net.multiply_adds
     # Supervised training is one pass forward and two backward; the teacher adds one forward.
     compute = own / machines.supervised * (3 * student + teacher) / (3 * student)
-    products, reads = (4, 2) if own * queue >= losses.STREAMED_FROM else (3, 3)
+    # Of the matrices [b, K], each operation's reads and writes: docs/scaling.md, section 3.
+    products, passes = (4, 32) if own * queue >= losses.STREAMED_FROM else (3, 39)
     parts = {
         "views": VIEW_PASSES * 2 * 12 * side**2 * own / machines.memory,
         "networks": compute,
-        # Copied once, then read by each product.
-        "queue and KL": (2 + reads) * rows / machines.memory
+        # Read and written for a copy, which is then read twice: once for the products of both
+        # sides, once to weight the anchors.
+        "queue and KL": (4 * rows + passes * 4 * own * queue) / machines.memory
         + 2 * products * own * queue * dimension / machines.matmul,
         # Optimizer: weight and buffer read and written, gradient read. Teacher: two read, one
         # written.

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 # From so many similarities (B * K) on, the anchors are read chunk by chunk: the [B, K] matrices of
-# comparing at once, about ten of them with the gradient's, would take 128 MB each in float32.
+# comparing at once would take 128 MiB each in float32, and about ten of them, the gradient's among
+# them, may be held at a time (five to six are, by benchmarks/kl.py; docs/scaling.md, section 1).
 STREAMED_FROM = 2**25
 CHUNK = 2048
 
@@ -227,7 +228,7 @@ def _compare_in_chunks(
     teacher_temperature,
     neighbors,
 ):
-    """The same in one pass over the anchors, holding [2B, CHUNK] and [2B, D] at most.
+    """The same in one pass over the anchors, with matrices [2B, CHUNK] and [2B, D], none [B, K].
 
     Teacher and student are stacked. With logits l and their running maximum m, the pass sums
     z = sum exp(l - m); the anchors weighted by exp(l - m), which are all that the gradient needs;
