@@ -37,6 +37,9 @@ KNN_BATCH, KNN_BATCHES = 64, 3
 FEW_FOR_BATCH_NORM = 16
 # Of all similarities of a step: both networks' and what their gradient needs (losses.py).
 MATRICES = {"isd": 10, "compress": 10, "moco_v2": 3, "msf": 1, "byol": 0}
+# And of the similarities to a chunk of anchors, where these are streamed: 21 at a time for student
+# and teacher each, as the loop runs ahead (docs/scaling.md, section 1).
+MATRICES_OF_A_CHUNK = {"isd": 42, "compress": 42, "msf": 1}
 
 
 class Timing(NamedTuple):
@@ -124,10 +127,10 @@ def similarities(images: int, model: Student) -> int:
     """Bytes of a replica's similarities to the queue, for so many images a step."""
     if not hasattr(model, "queue"):
         return 0
-    anchors, dimension = model.queue.rows.shape
-    if images * anchors < losses.STREAMED_FROM:
-        return MATRICES[FLAGS.method] * images * anchors * FLOAT
-    return MATRICES[FLAGS.method] * images * (losses.CHUNK + dimension) * FLOAT
+    anchors = model.queue.rows.shape[0]
+    if images * anchors >= losses.STREAMED_FROM and FLAGS.method in MATRICES_OF_A_CHUNK:
+        return MATRICES_OF_A_CHUNK[FLAGS.method] * images * losses.CHUNK * FLOAT
+    return MATRICES[FLAGS.method] * images * anchors * FLOAT
 
 
 def disk(model: Student, steps_per_epoch: int) -> list[str]:

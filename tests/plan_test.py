@@ -189,6 +189,24 @@ def test_every_method_is_planned(method, planned):
 
 
 @pytest.mark.parametrize(
+    ("method", "anchors", "mebibytes"),
+    [
+        ("isd", 65_536, 640),  # ten matrices of 64 MiB
+        ("isd", 131_072, 84),  # streamed; `benchmarks/kl.py` saw 72 to 84
+        ("isd", 1_048_576, 84),
+        ("moco_v2", 131_072, 3 * 128),  # is never streamed
+    ],
+)
+def test_similarities_to_a_large_queue_are_streamed_where_the_method_does(
+    method, anchors, mebibytes
+):
+    set_flags(f"--flagfile={'imagenet' if method == 'isd' else 'moco_v2'}.flags", "--workdir=x")
+    rows = types.SimpleNamespace(shape=(anchors, 512))
+    model = types.SimpleNamespace(queue=types.SimpleNamespace(rows=rows))
+    assert plan.similarities(256, model) == mebibytes * 2**20
+
+
+@pytest.mark.parametrize(
     ("count", "said"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (45_123_456, "45.1 MB"),
      (2**63, "9.22e+06 TB")],
