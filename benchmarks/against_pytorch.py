@@ -1,6 +1,6 @@
 """isd_tf against PyTorch on the same cores: steps, views, a whole training, nearest neighbours.
 
-    make benchmark                      every row, about half an hour on two cores
+    make benchmark                      every row, three quarters of an hour on two cores
     make benchmark ONLY=views,knn       rows whose names begin so: step, views, quickstart, ...
 
 Each side of a row is a process with all cores, PyTorch's in an environment of its own. They take

@@ -96,8 +96,10 @@ def operations(layer, batch):
 
 def inside(layer):
     """Pairs, along one axis of square images, of an output and a pixel of the image under it."""
-    size, (kernel, _), (stride, _) = layer.input.shape[1], layer.kernel_size, layer.strides
-    margin = kernel // 2 if layer.padding == "same" else 0
+    (kernel, _), (stride, _) = layer.kernel_size, layer.strides
+    margin = kernel // 2
+    # Before a stride the zeros are a layer of their own.
+    size = layer.input.shape[1] - (2 * margin if layer.padding == "valid" else 0)
     firsts = stride * np.arange(layer.output.shape[1]) - margin
     return int(np.sum(np.minimum(firsts + kernel, size) - np.maximum(firsts, 0)))
 
@@ -201,5 +203,6 @@ def alone(part, layer, batch):
 
 
 if __name__ == "__main__":
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    by_layer(rounds) if "layers" in sys.argv else main(rounds)
+    numbers = [int(word) for word in sys.argv[1:] if word.isdecimal()]
+    work = by_layer if "layers" in sys.argv else main
+    work(*numbers[:1] or [10])

@@ -91,7 +91,7 @@ def images_of(sizes, folder):
 
 
 def pairs(sizes, folder):
-    if "by_graph" in sizes:
+    if sizes.get("by_graph"):
         looks.GRAPH_CORES = 0
     dataset, views = images_of(sizes, folder), ("weak", "strong")
     return isd_tf.pretraining_batches(dataset, views, sizes["image_size"], sizes["batch"], seed=0)

@@ -1,6 +1,7 @@
 """The beginning of a run in its workdir, or the proof that it goes on as it was begun."""
 
 import json
+import pathlib
 
 import flagfiles
 import run_data
@@ -9,13 +10,24 @@ import teachers
 import workdirs
 from settings import FLAGS
 
-from isd_tf.training import cluster
+from isd_tf.data.datasets import Dataset
+from isd_tf.training import cluster, initial_weights
+from isd_tf.training.checkpoints import Checkpoints
 
 DATASET = "dataset.json"  # Of a workdir: which images it was begun with.
 
 
-def begin_or_continue(workdir, checkpoints, data, initial):
-    """Leaves the recipe in a new workdir; in one with checkpoints, compares it."""
+def begin_or_continue(
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    data: run_data.Data | None,
+    initial: initial_weights.InitialWeights | None,
+) -> None:
+    """Leaves the recipe in a new workdir; in one with checkpoints, compares it.
+
+    Raises:
+        ValueError: where it was begun with another recipe, weights, teacher or images.
+    """
     teacher = None
     if FLAGS.method == "compress":  # Its teacher is in no checkpoint.
         teacher = teachers.record(checkpoints.model.encoders()["teacher"])
@@ -45,7 +57,7 @@ def begin_or_continue(workdir, checkpoints, data, initial):
         workdirs.note_versions(workdir, checkpoints, stages, trained_on, bool(FLAGS.data_service))
 
 
-def require_same_run(workdir, train):
+def require_same_run(workdir: pathlib.Path, train: Dataset | None) -> None:
     """Raises ValueError where a workdir was begun with another recipe, weights or images."""
     flagfiles.require_same(workdir / "run.flags", settings.recipe())
     workdirs.require_same_initial_weights(workdir)

@@ -20,8 +20,9 @@ def choose() -> tf.distribute.Strategy:
     From here on only the chief's sentences are shown; errors of all are.
 
     Raises:
-        ValueError: for a batch that the replicas cannot share, or flags that other workers have
-            otherwise.
+        ValueError: for a batch that the replicas cannot share, one image for BatchNorm, logical
+            CPUs on several workers, or flags that other workers have otherwise.
+        cluster.PeersError: when the other workers cannot be reached.
     """
     if FLAGS.logical_cpus > 1:
         cpu = tf.config.list_physical_devices("CPU")[0]
@@ -43,6 +44,7 @@ def choose() -> tf.distribute.Strategy:
     _check(strategy, training)
     _tell(strategy, training)
     if not cluster.is_chief(strategy):
+        # The chief speaks for all; errors go to stderr.
         sys.stdout = open(os.devnull, "w", errors="replace")
     return strategy
 

@@ -37,9 +37,9 @@ KNN_BATCH, KNN_BATCHES = 64, 3
 FEW_FOR_BATCH_NORM = 16
 # Of all similarities of a step: both networks' and what their gradient needs (losses.py).
 MATRICES = {"isd": 10, "compress": 10, "moco_v2": 3, "msf": 1, "byol": 0}
-# And of the similarities to a chunk of anchors, where these are streamed: 21 at a time for student
-# and teacher each, as the loop runs ahead (docs/scaling.md, section 1).
-MATRICES_OF_A_CHUNK = {"isd": 42, "compress": 42, "msf": 1}
+# And where anchors are streamed: of the similarities to a chunk, as the loop runs ten ahead (of
+# student and teacher 21 each, docs/scaling.md, section 1), and of the anchors that they weight.
+STREAMED = {"isd": (42, 12), "compress": (42, 12), "msf": (10, 0)}
 
 
 class Timing(NamedTuple):
@@ -127,9 +127,10 @@ def similarities(images: int, model: Student) -> int:
     """Bytes of a replica's similarities to the queue, for so many images a step."""
     if not hasattr(model, "queue"):
         return 0
-    anchors = model.queue.rows.shape[0]
-    if images * anchors >= losses.STREAMED_FROM and FLAGS.method in MATRICES_OF_A_CHUNK:
-        return MATRICES_OF_A_CHUNK[FLAGS.method] * images * losses.CHUNK * FLOAT
+    anchors, dimension = model.queue.rows.shape
+    if images * anchors >= losses.STREAMED_FROM and FLAGS.method in STREAMED:
+        of_chunk, of_sums = STREAMED[FLAGS.method]
+        return images * (of_chunk * losses.CHUNK + of_sums * dimension) * FLOAT
     return MATRICES[FLAGS.method] * images * anchors * FLOAT
 
 

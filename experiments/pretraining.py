@@ -2,11 +2,13 @@
 
 import random
 import time
+from collections.abc import Callable
 
 import keras
 import reporting
 import run_data
 import settings
+import tensorflow as tf
 import workdirs
 from absl import logging
 from evaluations import Run
@@ -14,7 +16,8 @@ from program import say
 from settings import FLAGS
 
 import isd_tf
-from isd_tf.data.decoding import REPLACED
+from isd_tf.data.datasets import Dataset
+from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.evaluation import knn
 from isd_tf.report import health
 from isd_tf.training import checkpoints as checkpointing
@@ -93,7 +96,9 @@ def pretrain(run: Run, first_step: int) -> None:
         )
 
 
-def stream(strategy, train, unreadable):
+def stream(
+    strategy: tf.distribute.Strategy, train: Dataset, unreadable: Unreadable
+) -> Callable[[int], tf.distribute.DistributedDataset]:
     """Returns a function from a step to the batches from there on, on this worker's devices."""
     service = None
     if FLAGS.data_service:

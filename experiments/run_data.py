@@ -1,4 +1,4 @@
-"""The images of a run, and whether the labels of some can be predicted from those of others."""
+"""The images of a run: loaded, drawn, told from others; what they can be scored by; their steps."""
 
 import json
 from typing import NamedTuple

@@ -436,7 +436,7 @@ def unbalanced_numbers() -> tuple[int, int, int] | None:
     parts = (FLAGS.unbalanced or "").split(",")
     if len(parts) == 1:
         return None
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise ValueError(
             "--unbalanced must be LARGE,RARE,IMAGES, such as 8,30,100, or a list's path. Received: "
             f"{FLAGS.unbalanced}."

@@ -182,12 +182,12 @@ def test_order_and_views_depend_on_the_seed(dataset):
 
 
 def test_files_and_arrays_give_the_same_batches(files, way):
-    """But for a level of 255 here and there, where the files are cropped in Python."""
+    """But for a level of 255 here and there (of other images two) where Python crops the files."""
     assert_same_crops(cut_batches(files, 7), cut_batches(ARRAYS, 7), in_python=way == "Python")
 
 
 def test_graph_and_python_make_the_same_batches(records, monkeypatch):
-    """But for a level of 255 here and there."""
+    """But for a level of 255 here and there; of other images two, see crops_test."""
     pytest.importorskip("cykooz_resizer")
     made = []
     for graph_cores in (0, 1000):

@@ -23,10 +23,10 @@ def test_of_many_cores_those_count_that_the_process_may_use():
     "cores, in_service, resizer, who",
     [
         (1, False, True, "cykooz_resizer"),
-        (7, False, True, "cykooz_resizer"),
-        (8, False, True, "graph"),
-        (7, True, True, "graph"),
-        (7, False, False, "graph"),
+        (looks.GRAPH_CORES - 1, False, True, "cykooz_resizer"),
+        (looks.GRAPH_CORES, False, True, "graph"),
+        (1, True, True, "graph"),
+        (1, False, False, "graph"),
     ],
 )
 def test_hosts_with_few_cores_crop_in_python_where_they_can(

@@ -136,8 +136,8 @@ def test_progress_in_a_terminal_fits_into_80_columns_and_ends_in_the_epochs_mean
     lines = output.replace("\r", "\n").replace("\b", "").splitlines()
     bars = [line for line in lines if "━" in line]
     assert bars and all("loss" in bar and len(bar) < 80 for bar in bars)
-    waiting = [float(bar.split("waiting: ")[1].split()[0]) for bar in bars]
-    assert max(waiting) > 0 and all(0 <= share <= 1 for share in waiting)
+    told = [bar.split("waiting %: ") for bar in bars if "waiting" in bar]
+    assert told and all(0 < float(share.split()[0]) <= 100 for _, share in told)
     assert max(map(len, lines)) < 80 and "Epoch 2/2: " in output
     ends = [float(bar.split("loss: ")[1].split()[0]) for bar in bars if "3/3" in bar]
     np.testing.assert_allclose(ends, losses.mean(axis=1), atol=1e-4)

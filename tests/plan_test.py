@@ -189,21 +189,23 @@ def test_every_method_is_planned(method, planned):
 
 
 @pytest.mark.parametrize(
-    ("method", "anchors", "mebibytes"),
+    ("method", "anchors", "least", "most"),
     [
-        ("isd", 65_536, 640),  # ten matrices of 64 MiB
-        ("isd", 131_072, 84),  # streamed; `benchmarks/kl.py` saw 72 to 84
-        ("isd", 1_048_576, 84),
-        ("moco_v2", 131_072, 3 * 128),  # is never streamed
+        ("isd", 65_536, 640, 640),  # ten matrices of 64 MiB
+        ("isd", 131_072, 72, 100),  # streamed; `benchmarks/kl.py` saw 72 to 84
+        ("isd", 1_048_576, 72, 100),
+        ("msf", 131_072, 20, 20),
+        ("moco_v2", 131_072, 384, 384),  # is never streamed: three matrices of 128 MiB
     ],
 )
 def test_similarities_to_a_large_queue_are_streamed_where_the_method_does(
-    method, anchors, mebibytes
+    method, anchors, least, most
 ):
-    set_flags(f"--flagfile={'imagenet' if method == 'isd' else 'moco_v2'}.flags", "--workdir=x")
+    recipe = {"isd": "imagenet"}.get(method, method)
+    set_flags(f"--flagfile={recipe}.flags", "--workdir=x")
     rows = types.SimpleNamespace(shape=(anchors, 512))
     model = types.SimpleNamespace(queue=types.SimpleNamespace(rows=rows))
-    assert plan.similarities(256, model) == mebibytes * 2**20
+    assert least * 2**20 <= plan.similarities(256, model) <= most * 2**20
 
 
 @pytest.mark.parametrize(

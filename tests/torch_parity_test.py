@@ -164,10 +164,10 @@ def assert_equal_networks(keras_network, torch_network, tolerance):
 @pytest.mark.parametrize(
     "method, architecture, heads, size, batch, steps, tolerance",
     [
-        ("isd", "resnet18", "isd", 32, 8, 3, 1e-13),
-        ("isd", "resnet18", "isd_plus", 32, 8, 3, 2e-13),
+        ("isd", "resnet18", "isd", 32, 8, 3, 5e-13),
+        ("isd", "resnet18", "isd_plus", 32, 8, 3, 5e-13),
         ("isd", "resnet50", "isd_plus", 96, 4, 1, 1e-10),
-        ("msf", "resnet18", "isd_plus", 32, 8, 3, 1e-13),
+        ("msf", "resnet18", "isd_plus", 32, 8, 3, 5e-13),
     ],
 )
 def test_steps_equal_pytorch(

@@ -29,8 +29,8 @@ TFDS_FORMATS = ("JPEG", "PNG")
 GROUP = 16
 # In Python an image takes less than half of the graph's time. But its threads hand one lock around,
 # which the training needs too: however many they are, they make some 1300 pairs of 224x224 views a
-# second, by a trial on two cores (docs/performance.md). From about so many cores on the graph makes
-# more.
+# second, by a trial on two cores (docs/performance.md). On 6 or 7 cores the graph makes about as
+# many, with twice the work; from here on it makes more.
 GRAPH_CORES = 8
 # Who makes random crops.
 RESIZER, GRAPH = "cykooz_resizer", "graph"

@@ -36,11 +36,12 @@ class EpochMeans(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Shows how far an epoch is, its mean loss, the share of time spent waiting for data so far.
+    """Shows how far an epoch is, its mean loss, and how long it has waited for data.
 
-    In a terminal a bar that fits into 80 columns, elsewhere a line every so often, and a line about
-    the epoch at its end. The time left there is that of the whole training, scoring included.
-    (Keras' own bar shows every value, wraps, and then fills the screen.)
+    In a terminal a bar that fits into 80 columns, elsewhere a line every so often. An epoch ends
+    with a line about it, whose time left is that of the whole training, scoring included. Where no
+    waiting is told, as in a finetuning, images a second stand in its place. (Keras' own bar shows
+    every value, wraps, and then fills the screen.)
 
     Args:
         epochs: of the whole training.
@@ -60,26 +61,28 @@ class Progress(keras.callbacks.Callback):
         self._bar, self._losses, self._executions = None, 0.0, 0
         if sys.stdout.isatty():
             # Left to Keras' bar, the mean would be the last step's loss at the end.
-            shown_as_given = ["loss", "waiting"]
+            shown_as_given = ["loss", "waiting %", "images/s"]
             self._bar = keras.utils.Progbar(
                 self.params["steps"], width=10, stateful_metrics=shown_as_given
             )
 
     def on_train_batch_end(self, batch, logs=None):
         step, steps = batch + 1, self.params["steps"]
-        waiting = logs.get("waiting_share", 0.0)
+        rate, waiting = logs.get("images_per_second", 0.0), logs.get("waiting_share")
         self._losses, self._executions = self._losses + logs["loss"], self._executions + 1
         loss = self._losses / self._executions
         if self._bar:
-            # The time of a step is the bar's own.
-            values = [("loss", loss), ("waiting", waiting)]
-            self._bar.update(step, values, finalize=step == steps)
+            # One more has room. The time of a step is the bar's own.
+            if waiting is not None:
+                more = [("waiting %", 100 * waiting)]
+            else:
+                more = [("images/s", rate)] * ("images_per_second" in logs)
+            self._bar.update(step, [("loss", loss), *more], finalize=step == steps)
         elif time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
-            rate = logs.get("images_per_second", 0.0)
             print(
-                f"  step {step} of {steps}: loss {loss:.4f}, {rate:.0f} images/s, "
-                f"{waiting:.0%} waiting for data",
+                f"  step {step} of {steps}: loss {loss:.4f}, {rate:.0f} images/s"
+                + (f", {waiting:.0%} waiting for data" if waiting is not None else ""),
                 flush=True,
             )
 

@@ -1,8 +1,8 @@
 """The device's half of a view: colours, blur, flip and normalising, for a batch at once.
 
 Every function is pure: the same seed gives the same view on any device. Numbers mean what they mean
-in torchvision, which the paper used. Compiled by XLA, a view has the same bits however many images
-come with it: no value depends on the order in which a device adds pixels up.
+in torchvision, which the paper used. Compiled by XLA, a view has the same bits however many others
+come with it, from two images on: no value depends on the order in which a device adds pixels up.
 
 Images are float32 [B, H, W, 3] in [0, 1]; seeds are int64 [B, 2], one row an image. The colours
 work on the three channels apart, [B, H, W] each, which processors do several times faster.
