@@ -68,12 +68,12 @@ def fingerprint(train: Dataset | None) -> dict:
 
 
 def steps_per_epoch(train: Dataset | None) -> int:
-    """Of as many batches as can be filled; 1 where nothing is trained."""
+    """How many batches an epoch fills; 1 where there are no images."""
     return len(train) // FLAGS.batch_size if train else 1
 
 
 def all_steps(train: Dataset | None) -> int:
-    """Of the whole training."""
+    """How many the whole training has."""
     return FLAGS.epochs * steps_per_epoch(train)
 
 
