@@ -218,8 +218,8 @@ def test_sigterm_to_one_worker_saves_on_all_and_what_is_left_continues_to_the_sa
 def stop_early(processes, workdir):
     wait_for_checkpoint(workdir, (newest_step(workdir) or 0) + 2, processes[0])
     processes[0].send_signal(signal.SIGTERM)
-    outputs(processes)
-    assert [process.returncode for process in processes] == [143] * len(processes)
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [143] * len(processes), said
 
 
 def newest_step(workdir):

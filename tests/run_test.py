@@ -244,17 +244,6 @@ def test_every_flag_file_runs(flag_file, photos, tmp_path, capsys):
         assert (tmp_path / "saved_model" / "1").is_dir()
 
 
-@pytest.mark.slow
-def test_the_quickstart_learns(tmp_path):
-    """All of its epochs, on its own images. Other processors may end in other digits."""
-    subprocess.run(command("--flagfile=quickstart.flags", "--stages=pretrain,evaluate",
-                           "--evaluations=knn", f"--workdir={tmp_path}"), check=True)  # fmt: skip
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["step"] == 16 * (10_800 // 64) and results["student_1nn"] >= 0.76
-    assert results["student_1nn"] > results["untrained_1nn"] + 0.15
-    assert results["untrained_1nn"] > results["raw_pixels_1nn"]
-
-
 def test_recipes_are_the_papers():
     def settings(name):
         lines = flagfiles.expand([f"--flagfile={name}"])
