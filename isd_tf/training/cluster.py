@@ -20,8 +20,8 @@ import tensorflow as tf
 REPORT_SECONDS = 60
 # What TensorFlow may take to connect workers that are all there; about one is usual.
 JOIN_SECONDS = 30
-# Before a worker exits on purpose: what it said last may still be on its way to the others, which on
-# a machine with too much to do can take seconds.
+# Before a worker exits on purpose: what it said last may still be on its way to the others, for
+# seconds where a machine has too much to do.
 LINGER_SECONDS = 5
 # Longest message that workers tell each other, in bytes.
 MESSAGE_BYTES = 2048
