@@ -144,6 +144,20 @@ def test_progress_in_a_terminal_fits_into_80_columns_and_ends_in_the_epochs_mean
     assert not np.allclose(ends, losses[:, -1], atol=1e-3)
 
 
+def test_a_bar_that_is_told_of_no_waiting_shows_images_a_second(capsys, monkeypatch):
+    """As in a finetuning; and of a first step, which compiles, neither."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    progress = monitoring.Progress(epochs=1)
+    progress.set_params({"steps": 2})
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(0, {"loss": 1.0})
+    first = capsys.readouterr().out
+    progress.on_train_batch_end(1, {"loss": 1.0, "images_per_second": 123.0})
+    last = capsys.readouterr().out
+    assert "loss: 1.0000" in first and "images/s" not in first
+    assert "images/s: 123.0000" in last and "waiting" not in first + last
+
+
 def logged_steps(directory):
     (path,) = directory.iterdir()
     return [
