@@ -5,10 +5,9 @@ import race
 import tensorflow as tf
 
 import isd_tf
-from isd_tf.data import looks
 from isd_tf.evaluation import features, knn
 from isd_tf.networks.heads import HEADS
-from isd_tf.views import augment
+from isd_tf.views import augment, python_crops
 
 # More than stands ready in the pipeline when its turn comes.
 PREPARED_BATCHES = 10
@@ -92,7 +91,7 @@ def images_of(sizes, folder):
 
 def pairs(sizes, folder):
     if sizes.get("by_graph"):
-        looks.GRAPH_CORES = 0
+        python_crops.cykooz_resizer = None  # As under Linux on ARM.
     dataset, views = images_of(sizes, folder), ("weak", "strong")
     return isd_tf.pretraining_batches(dataset, views, sizes["image_size"], sizes["batch"], seed=0)
 

@@ -8,6 +8,7 @@ import re
 import time
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image
 from tensorflow.python.framework.func_graph import FuncGraph
 
 from isd_tf.data import batches as batching
-from isd_tf.data import datasets, graph_decoder, looks
+from isd_tf.data import datasets, graph_decoder
 from isd_tf.data.decoding import Unreadable, explaining
 from isd_tf.data.looks import GROUP
 from isd_tf.views import augment, crops, photometric, python_crops
@@ -123,10 +124,11 @@ def assert_same_crops(ours, theirs, in_python):
 
 @pytest.fixture(params=["graph", "Python"])
 def way(request, monkeypatch):
-    """Who crops what is trained on: for each a host of so many cores."""
+    """Who crops what is trained on."""
     if request.param == "Python":
         pytest.importorskip("cykooz_resizer")
-    monkeypatch.setattr(looks, "GRAPH_CORES", 0 if request.param == "graph" else 1000)
+    else:
+        monkeypatch.setattr(python_crops, "cykooz_resizer", None)
     return request.param
 
 
@@ -189,16 +191,13 @@ def test_files_and_arrays_give_the_same_batches(files, way):
 def test_graph_and_python_make_the_same_batches(records, monkeypatch):
     """But for a level of 255 here and there; of other images two, see crops_test."""
     pytest.importorskip("cykooz_resizer")
-    made = []
-    for graph_cores in (0, 1000):
-        monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
-        made.append(cut_batches(records, 12))
-    assert_same_crops(*made, in_python=True)
+    in_python = cut_batches(records, 12)
+    monkeypatch.setattr(python_crops, "cykooz_resizer", None)
+    assert_same_crops(in_python, cut_batches(records, 12), in_python=True)
 
 
 def test_where_there_is_no_resizer_the_graph_crops(files, monkeypatch):
     """As on ARM under Linux, for which it has no wheel."""
-    monkeypatch.setattr(looks, "GRAPH_CORES", 1000)
     monkeypatch.setattr(python_crops, "cykooz_resizer", None)
     assert_same_crops(cut_batches(files, 1), cut_batches(ARRAYS, 1), in_python=False)
 
@@ -355,16 +354,20 @@ def test_views_and_batches_that_cannot_be_are_refused():
 
 
 def peak_of(what):
-    """Bytes by which the process grows at most while something is done."""
+    """Bytes by which this process and its own grow at most while something is done."""
 
     def status(key):
-        text = pathlib.Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1])
+        folders = [pathlib.Path(f"/proc/{process.pid}") for process in processes]
+        texts = [(folder / "status").read_text() for folder in folders]
+        return sum(1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1]) for text in texts), folders
 
-    before = status("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak is counted anew.
+    processes = [psutil.Process(), *psutil.Process().children()]
+    before, folders = status("VmRSS")
+    for folder in folders:
+        (folder / "clear_refs").write_text("5")  # The peak is counted anew.
     what()
-    return status("VmHWM") - before
+    assert processes == [psutil.Process(), *psutil.Process().children()]
+    return status("VmHWM")[0] - before
 
 
 @pytest.mark.slow
@@ -401,15 +404,17 @@ def test_a_large_photograph_takes_no_more_memory_than_is_promised(
     def among_others(path):  # So that one such photograph is read at a time.
         return datasets.FileDataset("photo", (str(path), *(str(small),) * 20))
 
+    resizers = (None, python_crops.cykooz_resizer)
+
     def evaluate(path):
         list(batching.evaluation_batches(among_others(path), SIZE, 7))
 
-    def train_by(graph_cores, path):
-        monkeypatch.setattr(looks, "GRAPH_CORES", graph_cores)
+    def train_by(resizer, path):
+        monkeypatch.setattr(python_crops, "cykooz_resizer", resizer)
         take(among_others(path), 20, views=("weak", "weak"), batch=1)
 
     # Training last: its readers may be at work on the next epoch when it ends.
-    ways = (evaluate, functools.partial(train_by, 0), functools.partial(train_by, 1000))
+    ways = (evaluate, *(functools.partial(train_by, by) for by in resizers))
     for read in ways:
         read(small)  # What TensorFlow takes once and for all.
         assert peak_of(lambda read=read: read(path)) < 2e9

@@ -16,8 +16,9 @@ from PIL import Image
 from small_runs import STEPS, command, small_run
 
 from isd_tf.data import batches as batching
-from isd_tf.data import datasets, looks
+from isd_tf.data import datasets
 from isd_tf.data.decoding import explaining
+from isd_tf.views import python_crops
 
 # What machines and processes do to each other takes its time: make slow.
 pytestmark = pytest.mark.slow
@@ -110,7 +111,7 @@ def fingerprint(batch):
 def test_two_workers_make_each_batch_of_the_local_pipeline_once(
     service, tmp_path, kind, monkeypatch
 ):
-    monkeypatch.setattr(looks, "GRAPH_CORES", 0)  # Here too the graph makes the crops.
+    monkeypatch.setattr(python_crops, "cykooz_resizer", None)  # Here too the graph makes the crops.
     dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
     batches = take(dataset, 150, service, **settings)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from isd_tf.data import decoding, pixels
+from isd_tf.data import crop_processes, decoding
 
 # Large flat areas, so that the roundings of JPEG decoders stay small.
 SCENE = np.asarray(
@@ -48,7 +48,13 @@ FORMS = {
 }  # fmt: skip
 
 
-def see(images, unreadable=None, read=bytes, attempts=None):
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """What these tests look at images by is in no process's program."""
+    monkeypatch.setattr(crop_processes, "look_at_in_process", crop_processes.look_at)
+
+
+def see(images, unreadable=None, are_paths=False, attempts=None):
     """Sees the first readable of each image's candidates, [n][attempts], inside tf.data.
 
     Of image i, candidate j is called "image i.j" and labelled 10 i + j, or named as its path is.
@@ -63,12 +69,12 @@ def see(images, unreadable=None, read=bytes, attempts=None):
                 ["image ", tf.strings.as_string(which), ".", tf.strings.as_string(attempt)]
             )
             own = tf.gather(sources, which)[:, attempt]
-            return own, named if read is bytes else own, 10 * which + attempt
+            return own, own if are_paths else named, 10 * which + attempt
 
         return decoding.look_at_first_readable(
             candidates,
-            read,
-            lambda image, draws: [np.asarray(image), draws],
+            are_paths,
+            lambda image, draws: [image, draws],
             (tf.zeros([0, *SCENE.shape], tf.uint8), tf.zeros([0], tf.float32)),
             attempts or sources.shape[1],
             unreadable,
@@ -154,7 +160,7 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     present = tmp_path / "here.png"
     present.write_bytes(FORMS["png"])
     paths = [str(tmp_path / "gone.png"), str(present)]
-    (images, _), *_ = see([paths], unreadable, pixels.read_file)
+    (images, _), *_ = see([paths], unreadable, are_paths=True)
     np.testing.assert_array_equal(images, [SCENE])
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
 

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from isd_tf.data import looks
+from isd_tf.views import python_crops
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 # A contestant whose thread writes the time into a file whenever it may run.
@@ -123,7 +123,8 @@ SMALL |= dict(queue_size=8, temperatures=(0.1, 0.1), learning_rate=0.1, k=2)
 def test_each_kind_of_row_runs_on_our_side(
     kind, variant, own, things, benchmark, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(looks, "GRAPH_CORES", looks.GRAPH_CORES)  # A row by the graph sets it.
+    resizer = python_crops.cykooz_resizer
+    monkeypatch.setattr(python_crops, "cykooz_resizer", resizer)  # A row by the graph sets it.
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (4, 9, 10, 3), np.uint8)
     np.save(tmp_path / "patches.npy", pictures)
@@ -134,7 +135,7 @@ def test_each_kind_of_row_runs_on_our_side(
     make = getattr(benchmark("race_isd_tf"), kind)
     done, seconds = make(variant, SMALL | own, str(tmp_path))()
     assert done == things and seconds > 0
-    assert ("by_graph" in own) == (looks.GRAPH_CORES == 0)
+    assert python_crops.cykooz_resizer is (None if "by_graph" in own else resizer)
 
 
 @pytest.mark.parametrize("form", ["at once", "in chunks"])

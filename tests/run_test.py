@@ -408,7 +408,6 @@ def test_other_packages_and_replicas_than_at_the_beginning_are_said_and_added_to
     assert began["replicas"] == 1 and began["keras"] == keras.__version__
     assert began.pop("random crops by").split()[0] == looks.random_crops_by()
     # As a run that began before this was noted, when it was always the graph.
-    monkeypatch.setattr(looks, "GRAPH_CORES", 1000)
     resizer = f"cykooz_resizer {importlib.metadata.version('cykooz-resizer')}"
     began |= {"keras": "3.0.0", "replicas": 2}
     path.write_text(json.dumps(began))

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from isd_tf.data import pixels
+from isd_tf.data import crop_processes, pixels
 from isd_tf.data.folders import shown
 from isd_tf.data.python_calls import call_python
 
@@ -111,7 +111,7 @@ class Unreadable:
 
 @contextlib.contextmanager
 def explaining(counters: list[Unreadable]) -> Iterator[None]:
-    """Turns TensorFlow's error, where too many unreadable images caused it, into `check`'s.
+    """Turns TensorFlow's error, where reading images caused it, into that of the reading.
 
     Args:
         counters: of all that is read inside; more may be added there.
@@ -125,6 +125,9 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
         if in_service:
             raise ValueError(_explain_unreadable_in_service(in_service[1])) from None
+        process_ended = re.search(f"{crop_processes.MUST_LIVE}.*", str(error))
+        if process_ended:
+            raise OSError(process_ended[0]) from None
         raise
 
 
@@ -209,7 +212,7 @@ def decode_first_readable(
 
 def look_at_first_readable(
     candidates: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
-    read: Callable[[bytes], bytes],
+    are_paths: bool,
     look: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]],
     nothing: Sequence[tf.Tensor],
     attempts: int,
@@ -222,10 +225,12 @@ def look_at_first_readable(
     Args:
         candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
             sources, names and labels, each [m].
-        read, unreadable: as in `decode_readable`.
-        look: image and draws [...] to what is seen of it, V arrays.
+        are_paths: whether sources are paths, or encoded images.
+        look: image and draws [...] to what is seen of it, V arrays; without TensorFlow, as
+            `crop_processes` has it.
         nothing: V tensors [0, ...], of the types and shapes of what is seen.
         attempts: how many candidates each image has.
+        unreadable: as in `decode_readable`.
         places: int64 [n], where in the order of reading the images are wanted.
         draws: [n, ...].
 
@@ -238,23 +243,29 @@ def look_at_first_readable(
     shapes = tuple(tf.TensorShape([None, *x.shape[1:]]) for x in nothing)
     types = tuple(x.dtype for x in nothing)
     images = tf.range(tf.size(places, tf.int64))
+    of_image = [tuple(x.shape[1:]) for x in nothing], [x.dtype.as_numpy_dtype for x in nothing]
+    max_pixels = unreadable.max_pixels
 
     def look_at_wanted(sources, names, places, draws, wanted):
-        seen = [
-            np.zeros([len(places), *shape[1:]], dtype.as_numpy_dtype)
-            for shape, dtype in zip(shapes, types, strict=True)
-        ]
+        rows = np.flatnonzero(wanted)
+        names = [os.fsdecode(names[row]) for row in rows]
+        group = crop_processes.Group(
+            [sources[row] for row in rows],
+            are_paths,
+            [shown(name) for name in names],
+            draws[rows],
+            look,
+            *of_image,
+            max_pixels,
+        )
         found = np.zeros(len(places), bool)
-
-        def look_at_image(i):  # Of its own, so that its image is gone before the next is opened.
-            image = decode_readable(read, unreadable, sources[i], names[i], int(places[i]))
-            if image is not None:
-                found[i] = True
-                for of_all, of_one in zip(seen, look(image, draws[i]), strict=True):
-                    of_all[i] = of_one
-
-        for i in np.flatnonzero(wanted):
-            look_at_image(i)
+        found[rows] = True
+        seen, reasons = crop_processes.look_at_in_process(group)
+        for i, reason in reasons.items():
+            unreadable.add(names[i], reason, int(places[rows[i]]))
+            found[rows[i]] = False
+        if len(rows) < len(places):
+            seen = [_in_rows(array, rows, len(places)) for array in seen]
         return *seen, found
 
     def attempt(number, wanted):
@@ -283,6 +294,13 @@ def look_at_first_readable(
         shape_invariants=(tf.TensorShape([]), of_each, (shapes, of_each)),
     )
     return seen, labels, readable, all_at_once
+
+
+def _in_rows(array, rows, count):
+    """[count, ...], zeros but for `rows`, which are `array`'s."""
+    whole = np.zeros((count, *array.shape[1:]), array.dtype)
+    whole[rows] = array
+    return whole
 
 
 def _worth_trying(attempts, unreadable):

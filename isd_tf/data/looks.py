@@ -2,9 +2,9 @@
 
 Two decode and crop:
 
-    Python               random crops of files and records, on hosts with few cores
-    TensorFlow's graph   the same on others and in a data service, centre crops, and arrays, a batch
-                         at once; what it cannot decode, Python does
+    Python               random crops of files and records, in processes of their own
+    TensorFlow's graph   the same in a data service and where Python has no resizer, centre crops,
+                         and arrays, a batch at once; what it cannot decode, Python does
 """
 
 import functools
@@ -27,11 +27,6 @@ from isd_tf.views import crops, python_crops
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# In Python an image takes less than half of the graph's time. But its threads hand one lock around,
-# which the training needs too: however many they are, they make some 1300 pairs of 224x224 views a
-# second, by a trial on two cores (docs/performance.md). On 6 or 7 cores the graph makes about as
-# many, with twice the work; from here on it makes more.
-GRAPH_CORES = 8
 # Who makes random crops.
 RESIZER, GRAPH = "cykooz_resizer", "graph"
 
@@ -58,11 +53,6 @@ class RandomCrops(NamedTuple):
     def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
         boxes = crops.crop_boxes(draws, images, self.areas)
         return tuple(crops.resize_boxes(images, boxes, self.size))
-
-    def in_python(self, image, draws):  # [H, W, 3], [V, 22]
-        views = zip(draws.tolist(), self.areas, strict=True)
-        boxes = [python_crops.crop_box(own, *image.shape[:2], area) for own, area in views]
-        return [python_crops.resize_box(image, box, self.size) for box in boxes]
 
 
 class CentreCrop(NamedTuple):
@@ -96,8 +86,7 @@ class SizedCentreCrop(CentreCrop):
 
 def random_crops_by(in_service: bool = False) -> str:
     """Who makes random crops of files and records, here or in a data service."""
-    in_python = python_crops.cykooz_resizer and cores() < GRAPH_CORES and not in_service
-    return RESIZER if in_python else GRAPH
+    return RESIZER if python_crops.cykooz_resizer and not in_service else GRAPH
 
 
 def is_in_python(look, unreadable):
@@ -131,9 +120,15 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
         whether all were read at once.
     """
     if is_in_python(look, unreadable):
-        draws, read = look.draws(places), _read(dataset)
         return look_at_first_readable(
-            candidates, read, look.in_python, look.nothing, attempts, unreadable, places, draws
+            candidates,
+            isinstance(dataset, FileDataset),
+            python_crops.RandomCropsOfImage(look.size, look.areas),
+            look.nothing,
+            attempts,
+            unreadable,
+            places,
+            look.draws(places),
         )
     look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
     count = tf.size(places, tf.int64)
@@ -168,7 +163,7 @@ def ways_to_look(look, places, candidates, dataset, attempts, unreadable):
     def look_at_readable(i):
         image, label = decode_first_readable(
             lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
-            _read(dataset),
+            read_file if is_file else bytes,
             attempts,
             unreadable,
             places[i],
@@ -204,11 +199,6 @@ def unless_missed(look, seen, labels, each):
     seen = tuple(tf.ensure_shape(x, [None, *empty.shape[1:]]) for x, empty in pairs)
     labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
     return seen, labels, readable, all_at_once
-
-
-def _read(dataset):
-    """What makes a source's encoded bytes; a record is them."""
-    return read_file if isinstance(dataset, FileDataset) else bytes
 
 
 def as_it_stands(function):

@@ -13,18 +13,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from isd_tf.views.python_crops import ASPECT, ATTEMPTS, PART_PIXELS
 from isd_tf.views.randomness import Stream, between, uniforms
 
-ATTEMPTS = 10
 AREA = (0.2, 1.0)  # of the paper's views
-ASPECT = (3 / 4, 4 / 3)
 
 # Levels have 8 bits and float32 has 24: sums of levels in these weights are exact.
 WEIGHT_BITS = 15
 # Neighbouring outputs share most of their inputs: so many at a time are one matrix product.
 BLOCK = 16
-# Of a large image so many pixels at a time become floats, which take four times its memory.
-PART_PIXELS = 2**21
 # Sides of what is worked on are multiples of it: for each new shape oneDNN makes its kernels anew,
 # which takes half as long as a crop.
 SHAPE_STEP = 64

@@ -7,16 +7,31 @@ threads; some differ from the graph's by a level of 255; by two at most, as both
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-
-from isd_tf.views.crops import ASPECT, ATTEMPTS, PART_PIXELS
-from isd_tf.views.randomness import between
 
 try:
     import cykooz_resizer
 except ModuleNotFoundError:  # It has no wheel for Linux on ARM; the graph crops there.
     cykooz_resizer = None
+
+ATTEMPTS = 10
+ASPECT = (3 / 4, 4 / 3)
+# Of a large image so many pixels at a time are copied, or in the graph become floats.
+PART_PIXELS = 2**21
+
+
+class RandomCropsOfImage(NamedTuple):
+    """One random crop for each of V views."""
+
+    size: int
+    areas: tuple[tuple[float, float], ...]
+
+    def __call__(self, image, draws):  # [H, W, 3], [V, 22]
+        views = zip(draws.tolist(), self.areas, strict=True)
+        boxes = [crop_box(own, *image.shape[:2], area) for own, area in views]
+        return [resize_box(image, box, self.size) for box in boxes]
 
 
 def crop_box(
@@ -35,6 +50,10 @@ def crop_box(
     Returns:
         top, left, height and width in pixels.
     """
+
+    def between(uniform, low, high):
+        return low + uniform * (high - low)
+
     log_aspect = tuple(map(math.log, ASPECT))
     for attempt in range(ATTEMPTS):
         pixels = height * width * between(draws[attempt], *area)
