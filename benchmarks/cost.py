@@ -30,7 +30,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import isd_tf
-from isd_tf.data import crop_processes, graph_decoder, python_calls
+from isd_tf.data import crop_processes, graph_decoder, looks, python_calls
 from isd_tf.views import python_crops
 
 PICTURE = pathlib.Path(__file__).parent.parent / "docs" / "performance.svg"
@@ -92,20 +92,23 @@ def print_parts_of_steps():
         keras.backend.clear_session()
 
 
-def decode_by_graph(path):
-    return tf.shape(graph_decoder.decode(tf.io.read_file(path), formats=("JPEG",)))
+def decode_by_graph(paths):
+    def decode(path):
+        return tf.size(graph_decoder.decode(tf.io.read_file(path), formats=("JPEG",)))
+
+    return tf.map_fn(decode, paths, fn_output_signature=tf.int32, parallel_iterations=1)
 
 
-def decode_in_python(path):
-    """In a process, image by image, with no crop to hand over."""
+def decode_in_python(paths):
+    """In a process, with no crop to hand over."""
     look = python_crops.RandomCropsOfImage(size=0, areas=())
 
-    def decode(path):
-        group = crop_processes.Group([path], True, [""], np.zeros([1, 0]), look, [], [], 10**9)
-        crop_processes.look_at_in_process(group)
-        return path
+    def decode(paths):
+        images = list(paths), True, [""] * len(paths), np.zeros([len(paths), 0])
+        crop_processes.look_at_in_process(crop_processes.Group(*images, look, [], [], 10**9))
+        return paths
 
-    return python_calls.call_python(decode, [path], tf.string)
+    return tf.ensure_shape(python_calls.call_python(decode, [paths], tf.string), [None])
 
 
 def print_parts_of_a_pair():
@@ -114,11 +117,12 @@ def print_parts_of_a_pair():
         against_pytorch.write_data(folder, row)
         dataset = race_isd_tf.images_of(row.sizes, folder)
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
+        groups = paths.batch(looks.GROUP)
         columns = []
         for decode in (decode_in_python, decode_by_graph):
             if decode is decode_by_graph:
                 python_crops.cykooz_resizer = None  # As under Linux on ARM.
-            decoded = iter(paths.map(decode, race.CORES).batch(row.sizes["batch"]))
+            decoded = iter(groups.map(decode, race.CORES).rebatch(row.sizes["batch"]))
             parts = (
                 race.timed(lambda: next(decoded), row.sizes["batch"], 40, 5),  # noqa: B023
                 race_isd_tf.host("", row.sizes, folder)(),

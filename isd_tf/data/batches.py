@@ -5,8 +5,8 @@ shuffled by state, so a run continued at any step sees what the uninterrupted ru
 and the number of replicas and workers changes nothing: of each global batch a worker prepares its
 own rows. For arrays and files this holds image by image; for streams of TFRecord files, of which
 every worker reads all records and decodes its own, as long as the shards and the STREAM_* constants
-stay the same. (Hosts with many cores and with few crop files differently, by a level or two of some
-pixels: see `looks`.) Only tf.data service (`data_service`) gives the order up.
+stay the same. (Where Python has no resizer the graph crops files, and differs by a level or two of
+some pixels: see `looks`.) Only tf.data service (`data_service`) gives the order up.
 """
 
 import time

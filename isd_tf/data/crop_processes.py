@@ -54,10 +54,10 @@ class Group(NamedTuple):
     types: list[np.dtype]
     max_pixels: int  # as in `pixels.decode`
 
-    def nothing(self) -> list[np.ndarray]:
-        """V times [n, ...], zeros."""
+    def arrays(self, make: Callable) -> list[np.ndarray]:
+        """V times [n, ...], made of shape and type."""
         shapes = [(len(self.sources), *shape) for shape in self.shapes]
-        return [np.zeros(*each) for each in zip(shapes, self.types, strict=True)]
+        return list(map(make, shapes, self.types))
 
 
 def look_at(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
@@ -66,7 +66,7 @@ def look_at(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
     Returns:
         V arrays [n, ...], zeros where an image cannot be read, and for each of those why.
     """
-    seen, reasons = group.nothing(), {}
+    seen, reasons = group.arrays(np.zeros), {}
 
     def look_at_image(i):  # Of its own, so that its image is gone before the next is opened.
         source = group.sources[i]
@@ -115,7 +115,7 @@ class _Process:
             )
 
     def look_at(self, group):
-        seen = group.nothing()
+        seen = group.arrays(np.empty)
         try:
             _send(self.socket, group)
             reasons, warnings = _receive(self.socket)
