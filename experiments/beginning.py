@@ -54,7 +54,7 @@ def begin_or_continue(
                 workdirs.require_same_teacher(workdir, teacher, FLAGS.teacher)
         stages = ",".join(FLAGS.stages)
         trained_on = train if "pretrain" in FLAGS.stages else None
-        workdirs.note_versions(workdir, checkpoints, stages, trained_on, bool(FLAGS.data_service))
+        workdirs.note_versions(workdir, checkpoints, stages, trained_on)
 
 
 def require_same_run(workdir: pathlib.Path, train: Dataset | None) -> None:

@@ -84,6 +84,9 @@ def serve(settings: argparse.Namespace):
             server = service.DispatchServer(service.DispatcherConfig(port=settings.port))
             port = server.target.rpartition(":")[2]
             return server, f"The dispatcher is ready: {socket.gethostname()}:{port}"
+        import isd_tf
+
+        offered = isd_tf.data.service.offer_crops()
         server = service.WorkerServer(
             service.WorkerConfig(
                 settings.dispatcher,
@@ -92,7 +95,10 @@ def serve(settings: argparse.Namespace):
                 dispatcher_timeout_ms=max(settings.timeout, 1) * 1000,
             )
         )
-        return server, f"A worker is ready: {address}, of the dispatcher {settings.dispatcher}"
+        return (
+            offered,
+            server,
+        ), f"A worker is ready: {address}, of the dispatcher {settings.dispatcher}"
     except tf.errors.OpError as error:
         raise OSError(f"TensorFlow cannot start the {settings.role}: {error.message}") from None
 

@@ -216,11 +216,7 @@ def name_left_out(folder: pathlib.Path, *splits: Dataset | None) -> None:
 
 
 def note_versions(
-    workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    stages: str,
-    train: Dataset | None,
-    in_service: bool = False,
+    workdir: pathlib.Path, checkpoints: Checkpoints, stages: str, train: Dataset | None
 ) -> None:
     """Leaves what a run began with; says what is another now, and adds it to the record.
 
@@ -229,7 +225,6 @@ def note_versions(
         checkpoints: of the run, which has begun if there are any.
         stages: for the record.
         train: what is trained on; None where nothing is.
-        in_service: whether a data service reads it.
     """
     path = workdir / "versions.json"
     packages = (
@@ -241,7 +236,7 @@ def note_versions(
     if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
     if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
-        by = random_crops_by(in_service)
+        by = random_crops_by()
         now[CROPS_BY] = by if by == GRAPH else f"{by} {importlib.metadata.version(by)}"
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)

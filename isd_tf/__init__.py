@@ -14,12 +14,8 @@ isd_tf.export_encoder(encoder, image_size=32, directory="saved_model")
 """
 
 from isd_tf.data import datasets, subsets
-from isd_tf.data.batches import (
-    DataService,
-    evaluation_batches,
-    finetuning_batches,
-    pretraining_batches,
-)
+from isd_tf.data.batches import evaluation_batches, finetuning_batches, pretraining_batches
+from isd_tf.data.service import DataService
 from isd_tf.evaluation.knn import knn_accuracy
 from isd_tf.methods import losses
 from isd_tf.methods.byol import BYOL

@@ -444,8 +444,8 @@ def test_a_data_services_workers_keep_the_tuner(files, monkeypatch):
     sent = []
     service = tf.data.experimental.service
     monkeypatch.setattr(service, "distribute", lambda *_, **__: lambda x: sent.append(x) or x)
-    monkeypatch.setattr(batching, "_require_workers", lambda address: None)
-    way = batching.DataService("host:1", "job")
+    monkeypatch.setattr(batching.service, "require_workers", lambda address: None)
+    way = batching.service.DataService("host:1", "job")
     batching.pretraining_batches(files, ("weak", "strong"), SIZE, 4, 1, data_service=way)
     (dataset,) = sent
     assert dataset.options().autotune.enabled is not False

@@ -17,6 +17,7 @@ from small_runs import STEPS, command, small_run
 
 from isd_tf.data import batches as batching
 from isd_tf.data import datasets
+from isd_tf.data import service as service_module
 from isd_tf.data.decoding import explaining
 from isd_tf.views import python_crops
 
@@ -69,7 +70,7 @@ def take(dataset, steps, service=None, *arguments, **more):
 
 @pytest.fixture
 def service(address, tmp_path):
-    return batching.DataService(address, job=str(tmp_path))
+    return service_module.DataService(address, job=str(tmp_path))
 
 
 def service_command(*arguments):
@@ -107,11 +108,17 @@ def fingerprint(batch):
     return tuple(np.asarray(part).tobytes() for part in tf.nest.flatten(batch))
 
 
+@pytest.fixture(params=["Python", "graph"])
+def way(request, monkeypatch):
+    """Who crops files and records, here and in the service."""
+    if request.param == "Python":
+        pytest.importorskip("cykooz_resizer")
+    else:
+        monkeypatch.setattr(python_crops, "cykooz_resizer", None)
+
+
 @pytest.mark.parametrize("kind", ["arrays", "files", "records"])
-def test_two_workers_make_each_batch_of_the_local_pipeline_once(
-    service, tmp_path, kind, monkeypatch
-):
-    monkeypatch.setattr(python_crops, "cykooz_resizer", None)  # Here too the graph makes the crops.
+def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind, way):
     dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
     batches = take(dataset, 150, service, **settings)
@@ -144,7 +151,7 @@ def test_two_trainers_share_the_batches_of_one_job(service):
 @pytest.mark.parametrize(
     ("kind", "name"), [(files, r"\S+/05.png"), (records, r"\S+/shard1, record 2")]
 )
-def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path, kind, name):
+def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path, kind, name, way):
     dataset = kind(tmp_path, broken=5)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     batches = strategy.distribute_datasets_from_function(lambda _: batches_of(dataset, service))
@@ -154,13 +161,37 @@ def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path,
                 pass
 
 
+def test_workers_that_cannot_crop_end_in_a_sentence(tmp_path, monkeypatch):
+    """Of another program than ours, and without the resizer, by what TensorFlow hands over."""
+    monkeypatch.setattr(python_crops, "cykooz_resizer", None)
+    with pytest.raises(RuntimeError) as without_resizer:
+        service_module._crops([], [], True, [], 1, np.zeros([1, 2]), 1)
+    for said, expected in (
+        (
+            f"RuntimeError: {without_resizer.value}\nTraceback",
+            "have cykooz_resizer.*without. .*ARM",
+        ),
+        ("ValueError: callback pyfunc_0 is not found", "be those of experiments/data_service.py"),
+    ):
+        with pytest.raises(
+            OSError, match=f"^A data service's workers must {expected}.*[sS]tart others"
+        ):
+            with explaining([]):
+                raise tf.errors.UnknownError(None, None, f"Failed to get an element: {said}")
+
+
+def test_a_worker_offers_its_crops_before_all_other_functions():
+    other = tf.data.Dataset.range(1).map(lambda i: tf.numpy_function(abs, [i], tf.int64))
+    assert list(other) == [0]
+    with pytest.raises(RuntimeError, match="must be pyfunc_0. Received: pyfunc_"):
+        service_module.offer_crops()
+
+
 def test_a_run_is_trained_and_evaluated(address, photos, tmp_path):
     arguments = small_run(photos, tmp_path, f"--data_service={address}", "--epochs=2")
     arguments += ["--stages=pretrain,evaluate", "--knn_every_epochs=0"]
     result = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    # Whoever crops here.
-    assert json.loads((tmp_path / "versions.json").read_text())["random crops by"] == "graph"
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == STEPS // 2 and np.isfinite(results["loss"])
     assert 0 <= results["student_1nn"] <= 1
@@ -178,20 +209,20 @@ def test_a_run_without_a_dispatcher_says_what_to_start(photos, tmp_path):
 @pytest.mark.parametrize("bad", ["somewhere", "somewhere:", ":5000", "grpc://somewhere"])
 def test_an_address_without_host_or_port_is_refused(bad):
     with pytest.raises(ValueError, match=f"dispatcher's, host:port.*Received: .*{bad}"):
-        batches_of(arrays(), batching.DataService(bad, "job"))
+        batches_of(arrays(), service_module.DataService(bad, "job"))
 
 
 def test_an_unknown_host_is_refused():
     with pytest.raises(OSError, match="must answer at --data_service=nowhere.invalid:5000"):
-        batches_of(arrays(), batching.DataService("nowhere.invalid:5000", "job"))
+        batches_of(arrays(), service_module.DataService("nowhere.invalid:5000", "job"))
 
 
 def test_a_service_without_workers_is_not_waited_for_forever(monkeypatch):
-    monkeypatch.setattr(batching, "DATA_SERVICE_SECONDS", 0.5)
+    monkeypatch.setattr(service_module, "SECONDS", 0.5)
     dispatcher = tf.data.experimental.service.DispatchServer()
     address = dispatcher.target.partition("://")[2]
     with pytest.raises(OSError, match="must have workers. Received: none.*--role=worker"):
-        batches_of(arrays(), batching.DataService(address, "job"))
+        batches_of(arrays(), service_module.DataService(address, "job"))
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,8 @@ def test_of_many_cores_those_count_that_the_process_may_use():
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize(
-    "in_service, resizer, who",
-    [(False, True, "cykooz_resizer"), (True, True, "graph"), (False, False, "graph")],
-)
-def test_python_crops_where_it_can(in_service, resizer, who, monkeypatch):
-    """A data service's workers run graphs only; under Linux on ARM there is no resizer."""
+@pytest.mark.parametrize("resizer, who", [(True, "cykooz_resizer"), (False, "graph")])
+def test_python_crops_where_it_can(resizer, who, monkeypatch):
+    """Under Linux on ARM there is no resizer."""
     monkeypatch.setattr(python_crops, "cykooz_resizer", object() if resizer else None)
-    assert looks.random_crops_by(in_service) == who
+    assert looks.random_crops_by() == who

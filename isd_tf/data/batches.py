@@ -9,12 +9,9 @@ stay the same. (Where Python has no resizer the graph crops files, and differs b
 some pixels: see `looks`.) Only tf.data service (`data_service`) gives the order up.
 """
 
-import time
-from typing import NamedTuple
-
-import grpc  # TensorFlow depends on it.
 import tensorflow as tf
 
+from isd_tf.data import service
 from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled, untuned
 from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.data.looks import GROUP, CentreCrop, RandomCrops, SizedCentreCrop, as_it_stands
@@ -25,22 +22,6 @@ from isd_tf.views import augment
 PREFETCHED_BATCHES = 2
 # What a batch calls the views that it has of each image.
 VIEW_NAMES = {1: ("view",), 2: ("teacher_view", "student_view")}
-# How long to wait for a data service's first worker; TensorFlow would wait forever, in silence.
-DATA_SERVICE_SECONDS = 60
-
-
-class DataService(NamedTuple):
-    """A tf.data service that prepares batches on other machines (experiments/data_service.py).
-
-    Each batch is one that this machine would have made (bit for bit where it too would crop in the
-    graph, see `looks`), and none comes twice; but they come as they get ready, so that no two
-    runs are the same. Of a stream of TFRecord files, each of the service's workers prepares another
-    epoch. Batches are lost with a worker that ends, and a run that is continued sees some twice and
-    some not at all.
-    """
-
-    address: str  # of its dispatcher, host:port
-    job: str  # a name that the trainers share, and no earlier start of theirs or of others has had
 
 
 def pretraining_batches(
@@ -52,7 +33,7 @@ def pretraining_batches(
     first_step: int = 0,
     unreadable: Unreadable | None = None,
     input_context: tf.distribute.InputContext | None = None,
-    data_service: DataService | None = None,
+    data_service: service.DataService | None = None,
 ) -> tf.data.Dataset:
     """Makes the endless stream of batches from `first_step` on.
 
@@ -99,7 +80,7 @@ def pretraining_batches(
     replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
     unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
     if data_service:
-        _require_workers(data_service.address)
+        service.require_workers(data_service.address)
         unreadable = Unreadable(
             len(dataset), 0.0, max_pixels=unreadable.max_pixels, in_service=True
         )
@@ -341,32 +322,3 @@ def check_views(views: tuple[str, ...]) -> None:
 def _view_seeds(views, seed):
     """A seed for each view, of its own in every run."""
     return tuple(2 * seed + i for i in range(len(views)))
-
-
-def _require_workers(address):
-    """Raises unless a tf.data service answers at `address` and has a worker, or soon has one."""
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
-        raise ValueError(
-            "A data service's address must be its dispatcher's, host:port. "
-            f"Received: --data_service={address}."
-        )
-    deadline = time.monotonic() + DATA_SERVICE_SECONDS
-    with grpc.insecure_channel(address) as channel:
-        # Both messages in bytes: a request without fields, and a list, empty while there is none.
-        list_workers = channel.unary_unary("/tensorflow.data.DispatcherService/GetWorkers")
-        try:
-            while not list_workers(b"", timeout=10):
-                if time.monotonic() > deadline:
-                    raise OSError(
-                        f"The tf.data service at {address} must have workers. Received: none in "
-                        f"{DATA_SERVICE_SECONDS} seconds. Start some: "
-                        f"experiments/data_service.py --role=worker --dispatcher={address}"
-                    )
-                time.sleep(0.5)
-        except grpc.RpcError as error:
-            raise OSError(
-                f"A tf.data service's dispatcher must answer at --data_service={address}. "
-                f"Received: {error.details()}. Start one: "
-                f"experiments/data_service.py --role=dispatcher --port={port}"
-            ) from None

@@ -18,8 +18,9 @@ from isd_tf.data import crop_processes, pixels
 from isd_tf.data.folders import shown
 from isd_tf.data.python_calls import call_python
 
-# What a data service's worker says, in whose process nothing can be counted, before the name.
+# What a data service's worker says, in whose process nothing is counted, before the name.
 UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
+WORKERS_MUST = "A data service's workers must"
 # What becomes of an unreadable image: in training, in evaluations.
 REPLACED, LEFT_OUT = "replaced by the next one", "left out"
 
@@ -35,8 +36,8 @@ class Unreadable:
         limit: largest share of `total` that may be unreadable.
         fate: what becomes of them, for the log: REPLACED or LEFT_OUT.
         max_pixels: an image of more, width times height, counts as unreadable.
-        in_service: whether a data service reads, in whose processes nothing can be counted: there
-            the first one ends the training.
+        in_service: whether a data service reads, in whose processes nothing is counted: there the
+            first one ends the training.
         whole: images that `limit` is a share of; None: `total`.
     """
 
@@ -125,9 +126,19 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
         if in_service:
             raise ValueError(_explain_unreadable_in_service(in_service[1])) from None
-        process_ended = re.search(f"{crop_processes.MUST_LIVE}.*", str(error))
-        if process_ended:
-            raise OSError(process_ended[0]) from None
+        # What Python has said, here or in a data service.
+        for beginning, kind in (
+            (crop_processes.MUST_LIVE, OSError),
+            (WORKERS_MUST, OSError),
+            (f"{UNREADABLE_IN_SERVICE} ", ValueError),
+        ):
+            if said := re.search(f"{re.escape(beginning)}.*", str(error)):
+                raise kind(said[0]) from None
+        if re.search(r"callback \w+ is not found", str(error)):
+            raise OSError(
+                f"{WORKERS_MUST} be those of experiments/data_service.py. Received: one that does "
+                "not know how to crop. Start others."
+            ) from None
         raise
 
 

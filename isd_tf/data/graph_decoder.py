@@ -1,8 +1,8 @@
 """Encoded images to pixels inside a TensorFlow graph, where there is no Python.
 
-For serving, for evaluations, whose features shall be those of a served model, and for a tf.data
-service's workers (see `looks`). What every format means is said in `pixels`; here the same comes
-of it, or an error.
+For serving, for evaluations, whose features shall be those of a served model, and for random crops
+where Python has no resizer (see `looks`). What every format means is said in `pixels`; here the
+same comes of it, or an error.
 """
 
 import functools

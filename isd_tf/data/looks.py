@@ -3,8 +3,8 @@
 Two decode and crop:
 
     Python               random crops of files and records, in processes of their own
-    TensorFlow's graph   the same in a data service and where Python has no resizer, centre crops,
-                         and arrays, a batch at once; what it cannot decode, Python does
+    TensorFlow's graph   the same where Python has no resizer, centre crops, and arrays, a batch at
+                         once; what it cannot decode, Python does
 """
 
 import functools
@@ -21,6 +21,7 @@ from isd_tf.data.decoding import (
 )
 from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
+from isd_tf.data.service import crops_in_service
 from isd_tf.views import crops, python_crops
 
 # What TFDS writes. Files of others that it passed on as they were are read too, in Python.
@@ -84,13 +85,13 @@ class SizedCentreCrop(CentreCrop):
         return *super().__call__(images, draws), sizes
 
 
-def random_crops_by(in_service: bool = False) -> str:
-    """Who makes random crops of files and records, here or in a data service."""
-    return RESIZER if python_crops.cykooz_resizer and not in_service else GRAPH
+def random_crops_by() -> str:
+    """Who makes random crops of files and records."""
+    return RESIZER if python_crops.cykooz_resizer else GRAPH
 
 
-def is_in_python(look, unreadable):
-    return isinstance(look, RandomCrops) and random_crops_by(unreadable.in_service) == RESIZER
+def is_in_python(look):
+    return isinstance(look, RandomCrops) and random_crops_by() == RESIZER
 
 
 def calls_at_a_time(unreadable):
@@ -112,26 +113,25 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
         places: int64 [n], of the images in the order of reading.
         candidates: as in `look_at_first_readable`.
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as there. A data service's workers have no Python: every image must be
-            readable then.
+        attempts, unreadable: as there. In a data service every image must be readable.
 
     Returns:
         For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
         whether all were read at once.
     """
-    if is_in_python(look, unreadable):
+    count = tf.size(places, tf.int64)
+    if is_in_python(look):
+        are_paths, draws = isinstance(dataset, FileDataset), look.draws(places)
+        in_python = python_crops.RandomCropsOfImage(look.size, look.areas)
+        if unreadable.in_service:
+            sources, names, labels = candidates(tf.range(count), tf.constant(0, tf.int64))
+            limit = unreadable.max_pixels
+            seen = crops_in_service(sources, names, are_paths, draws, in_python, limit)
+            return seen, labels, tf.fill([count], True), tf.constant(True)
         return look_at_first_readable(
-            candidates,
-            isinstance(dataset, FileDataset),
-            python_crops.RandomCropsOfImage(look.size, look.areas),
-            look.nothing,
-            attempts,
-            unreadable,
-            places,
-            look.draws(places),
+            candidates, are_paths, in_python, look.nothing, attempts, unreadable, places, draws
         )
     look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
-    count = tf.size(places, tf.int64)
     # All at once, and if one fails, each in Python. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
     at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)

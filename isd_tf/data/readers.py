@@ -92,7 +92,7 @@ def _file_groups(dataset, look, unreadable):
 
         return numbers, candidates
 
-    if is_in_python(look, unreadable):
+    if is_in_python(look):
 
         def look_at_group(group):
             numbers, candidates = of_group(group)
@@ -230,7 +230,8 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(_group_size(unreadable))
+        places = tf.data.Dataset.from_tensor_slices(order.places(step))
+        return places.batch(_group_size(look, unreadable))
 
     def look_at_group(places):  # [n]
         def candidates(which, attempt):
@@ -296,14 +297,14 @@ def _record_images(dataset, order, look, unreadable):
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    groups = windows.batch(_group_size(unreadable))
+    groups = windows.batch(_group_size(look, unreadable))
     groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(unreadable))
     return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
 
 
-def _group_size(unreadable):
-    """Images that are looked at together; in a data service one, to name the unreadable one."""
-    return 1 if unreadable.in_service else GROUP
+def _group_size(look, unreadable):
+    """Images looked at together; by the graph in a data service one, to name the unreadable one."""
+    return 1 if unreadable.in_service and not is_in_python(look) else GROUP
 
 
 def _in_training(groups, order, unreadable):
