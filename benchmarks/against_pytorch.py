@@ -101,7 +101,7 @@ ROWS = {
         FILES | dict(image_size=224, batch=32, calls=60),
         VIEWS,
     ),
-    # What a data service's workers do, and Linux on ARM.
+    # What Linux on ARM does.
     "views_224_by_graph": Row(
         "the same pairs, decoded and cropped by TensorFlow's graph",
         "pairs/s",

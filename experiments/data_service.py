@@ -47,11 +47,11 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     try:
-        server, line = serve(settings)
+        running, line = serve(settings)
     except (ValueError, OSError) as error:
         sys.exit(f"data_service.py: {error}")
     print(line, flush=True)
-    while server:
+    while running:
         signal.pause()  # server.join() would let no signal through.
 
 
@@ -60,7 +60,7 @@ def end(*_) -> None:
 
 
 def serve(settings: argparse.Namespace):
-    """Starts the server, which runs for as long as it is referred to; returns it and a line."""
+    """Starts the server; returns what must be referred to for as long as it runs, and a line."""
     # Else two servers would share a port, and each connection reach one of them at random.
     with socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

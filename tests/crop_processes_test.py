@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import joblib
 import numpy as np
 import process_looks
 import psutil
@@ -34,10 +35,19 @@ def group_of(sources, look=process_looks.as_it_is, are_paths=False, **settings):
     return crop_processes.Group(sources, are_paths, names, draws, look, **settings)
 
 
-def place_of_process():
+def where():
+    """A process, and whether TensorFlow is in it."""
     group = group_of([png(IMAGES[0])], process_looks.where, shapes=[(2,)], types=[np.int64])
     ((process, has_tensorflow),) = crop_processes.look_at_in_process(group)[0][0]
-    return process, has_tensorflow
+    return int(process), bool(has_tensorflow)
+
+
+@pytest.fixture
+def alone():
+    """Without the processes that other tests have left."""
+    crop_processes._begin_anew()
+    yield
+    crop_processes._begin_anew()
 
 
 @pytest.mark.parametrize("are_paths", [False, True])
@@ -77,54 +87,95 @@ def test_groups_of_many_threads_come_back_to_each():
         assert all(pool.map(look, random.permutation(40)))
 
 
-def test_a_process_stays_and_has_no_tensorflow():
-    process, has_tensorflow = place_of_process()
+def test_a_process_stays_and_has_no_tensorflow(alone):
+    process, has_tensorflow = where()
     assert process != os.getpid() and not has_tensorflow
+    assert psutil.Process(process).num_threads() == 1
     for number in (signal.SIGINT, signal.SIGTERM):  # The training answers these, and ends it.
         os.kill(process, number)
-    others = {place_of_process()[0] for _ in range(20)}
-    assert process in others and len(others) <= len(psutil.Process().children())
+    assert where() == where() == (process, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nor_does_it_answer_when_it_has_just_begun(number):
+    process = crop_processes._Process()
+    process.process.send_signal(number)
+    assert process.look_at(group_of([png(IMAGES[0])]))[1] == {}
+
+
+def test_there_are_no_more_than_cores(alone, monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)
+    group = group_of([png(IMAGES[0])] * 1, process_looks.wait, shapes=[(1,)], types=[np.int64])
+    group = group._replace(draws=np.array([[0.1]]))
+
+    def look(_):
+        return int(crop_processes.look_at_in_process(group)[0][0][0, 0])
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(look, range(16)))) == len(crop_processes._free) == 3
 
 
 @pytest.mark.parametrize(
-    ("look", "how"), [(process_looks.die, "SIGKILL"), (process_looks.leave, "exit code 3")]
+    ("look", "how", "cure"),
+    [
+        (process_looks.die, r"signal 9 \(Killed\)", "--max_pixels. The same command continues."),
+        (process_looks.leave, "exit code 3", "What it said stands above."),
+    ],
 )
-def test_a_process_that_ends_is_an_error_in_a_sentence_and_another_goes_on(look, how):
+def test_a_process_that_ends_is_an_error_in_a_sentence_and_another_goes_on(look, how, cure):
     def call(i):
-        crop_processes.look_at_in_process(group_of([png(IMAGES[0])], look))
+        crop_processes.look_at_in_process(group_of([png(IMAGES[0])] * 2, look))
         return i
 
-    with pytest.raises(OSError, match=f"Received: the end of one, by {how}"):
+    with pytest.raises(OSError, match=f"end of one by {how}, which had 2 images from image 0 on"):
         call(None)
     numbers = tf.data.Dataset.range(1).map(lambda i: call_python(call, [i], tf.int64))
     with pytest.raises(OSError) as raised, explaining([]):
         list(numbers)
     beginning = "The processes that decode images must live as long as the training. Received: the"
-    assert str(raised.value).startswith(beginning)
-    assert str(raised.value).endswith("The same command continues.")
-    place_of_process()
+    assert str(raised.value).startswith(beginning) and str(raised.value).endswith(cure)
+    where()
 
 
-def test_one_that_cannot_be_started_is_an_error(monkeypatch):
-    monkeypatch.setattr(crop_processes, "_free", crop_processes.queue.SimpleQueue())
+def test_what_ended_without_work_is_not_missed(alone):
+    process, _ = where()
+    os.kill(process, signal.SIGKILL)
+    crop_processes._free[0].process.wait()
+    assert where()[0] != process
+
+
+@pytest.mark.parametrize("are_paths", [False, True])
+def test_what_fails_there_fails_here_and_the_process_goes_on(are_paths, alone, tmp_path):
+    process, _ = where()
+    (tmp_path / "image").write_bytes(png(IMAGES[0]))
+    source = os.fsencode(tmp_path / "image") if are_paths else png(IMAGES[0])
+    for number, kind, text in ((0, RuntimeError, "ValueError: what is"), (1, MemoryError, "too l")):
+        group = group_of([source] * 5, process_looks.fail, are_paths)
+        with pytest.raises(kind, match=text):
+            crop_processes.look_at_in_process(group._replace(draws=np.full([5, 1], number)))
+    assert where()[0] == process
+
+
+def test_one_that_cannot_be_started_is_an_error(alone, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/python")
     with pytest.raises(OSError, match="/no/python"):
-        place_of_process()
+        where()
 
 
-def test_what_the_processes_warn_of_is_said_once_here(caplog, tmp_path):
-    dark = io.BytesIO()
-    Image.fromarray(np.full((5, 7), 4000, np.uint16)).save(dark, "PNG")
-    for _ in range(3):
-        crop_processes.look_at_in_process(group_of([dark.getvalue()] * 2))
-    assert caplog.text.count("is read as nearly black") <= 1  # Others of this process may have.
-    group = group_of([dark.getvalue()])
-    ours = crop_processes._Process()
-    caplog.clear()
-    crop_processes._send(ours.socket, group)
-    assert ["image 0 has 16 bits" in text for text in crop_processes._receive(ours.socket)[1]] == [
-        True
-    ]
+def test_paths_are_those_of_where_this_process_is_now(alone, tmp_path, monkeypatch):
+    where()
+    (tmp_path / "here.png").write_bytes(png(IMAGES[1]))
+    monkeypatch.chdir(tmp_path)
+    (images, _), reasons = crop_processes.look_at_in_process(
+        group_of([b"here.png"], are_paths=True)
+    )
+    np.testing.assert_array_equal(images, IMAGES[1:2])
+    assert not reasons
+
+
+def test_odd_places_to_import_from_do_no_harm(alone, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", ["", tmp_path, *sys.path, None])
+    where()
 
 
 def run(program):
@@ -143,22 +194,45 @@ def run(program):
 
 BEGIN = f"""
 import os, time, numpy as np, process_looks
-def where():
+def where(look=process_looks.where, encoded={png(IMAGES[0])!r}):
     group = crop_processes.Group(
-        [{png(IMAGES[0])!r}], False, [""], np.zeros([1, 0]), process_looks.where, [(2,)], [int], 99)
+        [encoded], False, ["an image"], np.zeros([1, 0]), look, [(2,)], [int], 99)
     return int(crop_processes.look_at_in_process(group)[0][0][0, 0])
 print(where(), flush=True)
 """
 
 
 def test_a_process_ends_with_the_one_that_started_it():
-    program = run(BEGIN + "time.sleep(60)")
-    process = psutil.Process(int(program.stdout.readline()))
-    program.kill()
-    process.wait(10)
+    with run(BEGIN + "time.sleep(60)") as program:
+        process = psutil.Process(int(program.stdout.readline()))
+        program.kill()
+        process.wait(10)
 
 
 def test_a_fork_starts_its_own():
-    program = run(BEGIN + "os.fork()\nprint(where(), flush=True)")
-    first, *later = program.communicate(timeout=30)[0].split()
+    with run(BEGIN + "os.fork()\nprint(where(), flush=True)") as program:
+        first, *later = program.communicate(timeout=30)[0].split()
     assert first in later and len(later) == len(set(later)) == 2
+
+
+def test_what_the_processes_warn_of_is_said_here():
+    """The one warning of `pixels` once, whatever others, of Pillow's, came before it."""
+    dark, odd = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((5, 7), 4000, np.uint16)).save(dark, "PNG")
+    Image.fromarray(IMAGES[0]).save(odd, "TIFF")
+    damaged = odd.getvalue().replace(
+        b"\x15\x01\x03\0\x01\0\0\0\x03", b"\x15\x01\x03\0\x01\0\0\0\x09"
+    )
+    assert damaged != odd.getvalue()
+    said = f"""
+import logging, threading
+logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
+for encoded in ({damaged!r}, {dark.getvalue()!r}, {dark.getvalue()!r}):
+    where(encoded=encoded)
+crop_processes._free.clear()
+where(encoded={dark.getvalue()!r})
+"""
+    with run(BEGIN + said) as program:
+        text = program.communicate(timeout=30)[0]
+    assert text.count("an image has 16 bits") == 1
+    assert "PIL.TiffImagePlugin More samples per pixel" in text

@@ -161,23 +161,48 @@ def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path,
                 pass
 
 
-def test_workers_that_cannot_crop_end_in_a_sentence(tmp_path, monkeypatch):
-    """Of another program than ours, and without the resizer, by what TensorFlow hands over."""
-    monkeypatch.setattr(python_crops, "cykooz_resizer", None)
-    with pytest.raises(RuntimeError) as without_resizer:
-        service_module._crops([], [], True, [], 1, np.zeros([1, 2]), 1)
-    for said, expected in (
-        (
-            f"RuntimeError: {without_resizer.value}\nTraceback",
-            "have cykooz_resizer.*without. .*ARM",
-        ),
-        ("ValueError: callback pyfunc_0 is not found", "be those of experiments/data_service.py"),
-    ):
-        with pytest.raises(
-            OSError, match=f"^A data service's workers must {expected}.*[sS]tart others"
-        ):
+BARE_WORKER = """
+import sys, tensorflow as tf
+service = tf.data.experimental.service
+worker = service.WorkerServer(service.WorkerConfig(sys.argv[1], worker_address="127.0.0.1:%port%"))
+print("ready", flush=True)
+worker.join()
+"""
+WITHOUT_RESIZER = """
+import sys
+sys.modules["cykooz_resizer"] = None
+sys.argv[1:] = ["--role=worker", "--dispatcher", sys.argv[1], "--address=127.0.0.1"]
+sys.path.insert(0, "experiments")
+import data_service
+data_service.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (BARE_WORKER, "be those of experiments/data_service.py. Received: .*Start others"),
+        (WITHOUT_RESIZER, "have cykooz_resizer.*Received: one without. .*ARM: start others"),
+    ],
+)
+def test_workers_that_cannot_crop_end_in_a_sentence(program, expected, tmp_path):
+    dispatcher = tf.data.experimental.service.DispatchServer()
+    address = dispatcher.target.partition("://")[2]
+    worker = subprocess.Popen(
+        [sys.executable, "-c", program, address],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=SCRIPT.parent.parent,
+    )
+    try:
+        assert "ready" in worker.stdout.readline()
+        service = service_module.DataService(address, job="job")
+        with pytest.raises(OSError, match=f"^A data service's workers must {expected}"):
             with explaining([]):
-                raise tf.errors.UnknownError(None, None, f"Failed to get an element: {said}")
+                take(files(tmp_path), 1, service)
+    finally:
+        worker.kill()
+        worker.communicate()
 
 
 def test_a_worker_offers_its_crops_before_all_other_functions():

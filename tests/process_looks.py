@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 
@@ -21,4 +22,13 @@ def die(image, draws):
 
 
 def leave(image, draws):
-    sys.exit(3)
+    os._exit(3)
+
+
+def fail(image, draws):
+    raise {0: ValueError("what is wrong"), 1: MemoryError("too large")}[int(draws[0])]
+
+
+def wait(image, draws):
+    time.sleep(draws[0])
+    return [np.array([os.getpid()])]

@@ -5,21 +5,23 @@ tf.data hands a group of images to a process, and waits for the crops:
 
     tf.data's thread  ->  Group  ->  socket  ->  look_at, image by image  ->  socket  ->  crops
 
-A process is started when a thread finds none free, and stays. It ends with this one, however that
-ends, as its socket then does.
+There are as many as cores, each started when a thread first finds none free. They stay, and end
+when their sockets do: with this process, however that ends, and with the group that they have in
+hand.
 """
 
+import functools
 import logging as python_logging
 import os
 import pathlib
 import pickle
-import queue
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,9 +47,9 @@ LENGTH = struct.Struct("<Q")
 class Group(NamedTuple):
     """Images, and what is wanted of them; all of it can be pickled."""
 
-    sources: list[bytes]  # n paths, or n encoded images
+    sources: Iterable[bytes]  # n paths, or n encoded images
     are_paths: bool
-    names: list[str]  # of the images, for warnings
+    names: list[str]  # of the n images, for warnings
     draws: np.ndarray  # [n, ...]
     look: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]  # image and draws to V arrays
     shapes: list[tuple[int, ...]]  # of each of these
@@ -56,7 +58,7 @@ class Group(NamedTuple):
 
     def arrays(self, make: Callable) -> list[np.ndarray]:
         """V times [n, ...], made of shape and type."""
-        shapes = [(len(self.sources), *shape) for shape in self.shapes]
+        shapes = [(len(self.names), *shape) for shape in self.shapes]
         return list(map(make, shapes, self.types))
 
 
@@ -68,16 +70,17 @@ def look_at(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
     """
     seen, reasons = group.arrays(np.zeros), {}
 
-    def look_at_image(i):  # Of its own, so that its image is gone before the next is opened.
-        source = group.sources[i]
+    def look_at_image(
+        i, source
+    ):  # Of its own, so that its image is gone before the next is opened.
         encoded = pixels.read_file(source) if group.are_paths else source
         image = pixels.decode(encoded, group.names[i], group.max_pixels)
         for of_all, of_one in zip(seen, group.look(image, group.draws[i]), strict=True):
             of_all[i] = of_one
 
-    for i in range(len(group.sources)):
+    for i, source in enumerate(group.sources):
         try:
-            look_at_image(i)
+            look_at_image(i, source)
         except pixels.UnreadableImage as error:
             reasons[i] = str(error)
     return seen, reasons
@@ -88,14 +91,38 @@ def look_at_in_process(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
 
     Raises:
         OSError: when the process cannot be started, or ends.
+        MemoryError, RuntimeError: what else `look_at` raises there.
     """
-    try:
-        process = _free.get_nowait()
-    except queue.Empty:
-        process = _Process()
-    answer = process.look_at(group)
-    _free.put(process)
+    if group.are_paths:  # The process may have been started elsewhere.
+        group = group._replace(sources=list(map(_whole_path, group.sources)))
+    with _turns():
+        process = _free_process()
+        answer = process.look_at(group)
+        _free.append(process)
+    if isinstance(answer, Exception):
+        raise answer
     return answer
+
+
+def _whole_path(path):
+    return path if os.path.isabs(path) else os.path.join(os.getcwdb(), path)
+
+
+@functools.cache
+def _turns():
+    """Lets as many threads pass as there are cores."""
+    import joblib  # Which the processes do not need.
+
+    return threading.BoundedSemaphore(joblib.cpu_count())
+
+
+def _free_process():
+    while _free:
+        process = _free.pop()
+        if process.is_alive:  # What ended when it had no work has lost nothing.
+            return process
+        process.socket.close()
+    return _Process()
 
 
 class _Process:
@@ -103,84 +130,131 @@ class _Process:
 
     def __init__(self):
         self.socket, its_own = socket.socketpair()
-        # Its work is one thread's. What this process can import, it can.
+        # Its work is one thread's. By what this process finds its modules, it does.
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with its_own:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM, str(PACKAGE)],
-                stdin=its_own,
-                env=os.environ | one_thread | paths,
-                start_new_session=True,  # A terminal's Ctrl-C is for the training to answer.
-            )
+        paths = [path for path in sys.path if isinstance(path, str) and path]
+        # Who tells all processes of a training to end means the training, which ends this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            with its_own:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", PROGRAM, str(PACKAGE)],
+                    stdin=its_own,
+                    env=os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(paths)},
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _started.add(self)
+
+    @property
+    def is_alive(self):
+        return self.process.poll() is None
 
     def look_at(self, group):
         seen = group.arrays(np.empty)
         try:
-            _send(self.socket, group)
-            reasons, warnings = _receive(self.socket)
-            for array in seen:
-                _receive_into(self.socket, array)
+            _send_group(self.socket, group)
+            answer, records = _receive(self.socket)
+            if not isinstance(answer, Exception):
+                for array in seen:
+                    _receive_into(self.socket, array)
         except (EOFError, ConnectionError):
-            raise OSError(self._end()) from None
-        for text in warnings:  # Of one kind, which is said once; each process has its own first.
-            logging.log_first_n(logging.WARNING, "%s", 1, text)
-        return seen, reasons
+            raise OSError(self._end(group)) from None
+        for name, level, text in records:
+            if name == "absl":  # `pixels` warns of one thing, once, as each process does.
+                logging.log_first_n(logging.WARNING, "%s", 1, text)
+            else:
+                python_logging.getLogger(name).log(level, text)
+        return answer if isinstance(answer, Exception) else (seen, answer)
 
-    def _end(self):
+    def _end(self, group):
         self.socket.close()
+        _started.discard(self)
         status = self.process.wait()
-        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-        return (
-            f"{MUST_LIVE} Received: the end of one, by {how}. By SIGKILL Linux ends what takes "
-            "more memory than there is: run fewer programs beside it, or lower --max_pixels. The "
-            "same command continues."
-        )
+        how, cure = f"exit code {status}", "What it said stands above."
+        if status < 0:
+            how = f"signal {-status} ({signal.strsignal(-status)})"
+            cure = "If one of these images brings it about, remove it."
+        if -status == signal.SIGKILL:
+            cure = (
+                "So Linux ends what takes more memory than there is: run fewer programs beside "
+                "it, or lower --max_pixels. The same command continues."
+            )
+        images = f"{len(group.names)} images from {group.names[0]} on"
+        return f"{MUST_LIVE} Received: the end of one by {how}, which had {images} in hand. {cure}"
 
 
-_free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+_free: list[_Process] = []
+_started: set[_Process] = set()
 
 
 def _begin_anew():
-    global _free
-    _free = queue.SimpleQueue()
+    """In a fork: the processes are its parent's, and end when no one has their sockets."""
+    for process in _started:
+        process.socket.close()
+    _started.clear()
+    _free.clear()
+    _turns.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)  # The processes are its parent's.
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def serve(descriptor: int) -> None:
     """The program of a process: looks at the groups that a socket brings, until it ends."""
-    # Who tells all processes of a training to end means the training, which ends this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    warnings = _Texts()
-    python_logging.basicConfig(handlers=[warnings])
+    records = _Records()
+    python_logging.basicConfig(handlers=[records])
     with socket.socket(fileno=descriptor) as its_socket:
         while True:
             try:
-                seen, reasons = look_at(_receive(its_socket))
-                _send(its_socket, (reasons, warnings.taken()))
+                group = _receive_group(its_socket)
+                seen, answer = [], None
+                try:
+                    seen, answer = look_at(group)
+                except MemoryError as error:
+                    answer = error
+                except Exception as error:  # Of whatever kind: it is the training's to tell.
+                    answer = RuntimeError(f"{type(error).__name__}: {error}")
+                for _ in group.sources:  # That are still to come, after an error.
+                    pass
+                _send(its_socket, (answer, records.taken()))
                 for array in seen:
                     its_socket.sendall(memoryview(array).cast("B"))
             except (EOFError, ConnectionError):
                 return
 
 
-class _Texts(python_logging.Handler):
+class _Records(python_logging.Handler):
     """Keeps what is logged."""
 
     def __init__(self):
         super().__init__()
-        self.texts = []
+        self.records = []
 
     def emit(self, record):
-        self.texts.append(record.getMessage())
+        self.records.append((record.name, record.levelno, record.getMessage()))
 
     def taken(self):
-        texts, self.texts = self.texts, []
-        return texts
+        records, self.records = self.records, []
+        return records
+
+
+def _send_group(its_socket, group):
+    if group.are_paths:
+        _send(its_socket, group)
+        return
+    _send(its_socket, group._replace(sources=()))
+    for source in group.sources:  # One by one, as they can be large.
+        its_socket.sendall(LENGTH.pack(len(source)))
+        its_socket.sendall(source)
+
+
+def _receive_group(its_socket):
+    group = _receive(its_socket)
+    if group.are_paths:
+        return group
+    return group._replace(sources=(bytes(_receive_bytes(its_socket)) for _ in group.names))
 
 
 def _send(its_socket, message):
@@ -190,11 +264,15 @@ def _send(its_socket, message):
 
 
 def _receive(its_socket):
+    return pickle.loads(_receive_bytes(its_socket))
+
+
+def _receive_bytes(its_socket):
     length = bytearray(LENGTH.size)
     _receive_into(its_socket, length)
-    encoded = bytearray(LENGTH.unpack(length)[0])
-    _receive_into(its_socket, encoded)
-    return pickle.loads(encoded)
+    message = bytearray(LENGTH.unpack(length)[0])
+    _receive_into(its_socket, message)
+    return message
 
 
 def _receive_into(its_socket, buffer):

@@ -134,7 +134,7 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         ):
             if said := re.search(f"{re.escape(beginning)}.*", str(error)):
                 raise kind(said[0]) from None
-        if re.search(r"callback \w+ is not found", str(error)):
+        if "Could not find callback with key=" in str(error):
             raise OSError(
                 f"{WORKERS_MUST} be those of experiments/data_service.py. Received: one that does "
                 "not know how to crop. Start others."
