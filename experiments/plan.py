@@ -322,4 +322,4 @@ def _most_memory():
     unit = 1 if sys.platform == "darwin" else 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"the training's own process has taken {size(most)} at most, of the machine's {size(there)}"
+    return f"the training itself has taken {size(most)} at most, of the machine's {size(there)}"
