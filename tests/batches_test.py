@@ -357,8 +357,9 @@ def peak_of(what):
     """Bytes by which this process and its own grow at most while something is done."""
 
     def folders():
-        processes = psutil.Process(), *psutil.Process().children()
-        return [pathlib.Path(f"/proc/{process.pid}") for process in processes]
+        children = psutil.Process().children()
+        alive = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]
+        return [pathlib.Path(f"/proc/{process.pid}") for process in (psutil.Process(), *alive)]
 
     def sum_of(key):
         texts = [(folder / "status").read_text() for folder in folders()]

@@ -1,10 +1,12 @@
 import concurrent.futures
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import joblib
 import numpy as np
@@ -45,9 +47,12 @@ def where():
 @pytest.fixture
 def alone():
     """Without the processes that other tests have left."""
-    crop_processes._begin_anew()
+    others, crop_processes._free[:] = list(crop_processes._free), []
     yield
-    crop_processes._begin_anew()
+    for process in crop_processes._free:
+        process.socket.close()
+        process.process.wait()
+    crop_processes._free[:] = others
 
 
 @pytest.mark.parametrize("are_paths", [False, True])
@@ -101,11 +106,17 @@ def test_nor_does_it_answer_when_it_has_just_begun(number):
     process = crop_processes._Process()
     process.process.send_signal(number)
     assert process.look_at(group_of([png(IMAGES[0])]))[1] == {}
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_there_are_no_more_than_cores(alone, monkeypatch):
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)
-    group = group_of([png(IMAGES[0])] * 1, process_looks.wait, shapes=[(1,)], types=[np.int64])
+    def slowly():
+        time.sleep(0.1)
+        return 3
+
+    monkeypatch.setattr(joblib, "cpu_count", slowly)
+    monkeypatch.setattr(crop_processes, "_only_turns", {})
+    group = group_of([png(IMAGES[0])], process_looks.wait, shapes=[(1,)], types=[np.int64])
     group = group._replace(draws=np.array([[0.1]]))
 
     def look(_):
@@ -127,7 +138,7 @@ def test_a_process_that_ends_is_an_error_in_a_sentence_and_another_goes_on(look,
         crop_processes.look_at_in_process(group_of([png(IMAGES[0])] * 2, look))
         return i
 
-    with pytest.raises(OSError, match=f"end of one by {how}, which had 2 images from image 0 on"):
+    with pytest.raises(OSError, match=f"end of one, by {how}. It had to decode image 0, image 1"):
         call(None)
     numbers = tf.data.Dataset.range(1).map(lambda i: call_python(call, [i], tf.int64))
     with pytest.raises(OSError) as raised, explaining([]):
@@ -149,11 +160,36 @@ def test_what_fails_there_fails_here_and_the_process_goes_on(are_paths, alone, t
     process, _ = where()
     (tmp_path / "image").write_bytes(png(IMAGES[0]))
     source = os.fsencode(tmp_path / "image") if are_paths else png(IMAGES[0])
-    for number, kind, text in ((0, RuntimeError, "ValueError: what is"), (1, MemoryError, "too l")):
-        group = group_of([source] * 5, process_looks.fail, are_paths)
-        with pytest.raises(kind, match=text):
-            crop_processes.look_at_in_process(group._replace(draws=np.full([5, 1], number)))
+    with pytest.raises(RuntimeError, match="image 0 cannot be cropped: ValueError: what is wrong"):
+        crop_processes.look_at_in_process(group_of([source] * 5, process_looks.fail, are_paths))
     assert where()[0] == process
+
+
+def test_what_does_not_fit_into_the_memory_is_unreadable():
+    group = group_of([png(image) for image in IMAGES[:4]], process_looks.fail_with_the_third)
+    (images, draws), reasons = crop_processes.look_at_in_process(group)
+    assert reasons == {2: "more than fits into the memory"}
+    np.testing.assert_array_equal(images, [IMAGES[0], IMAGES[1], 0 * IMAGES[2], IMAGES[3]])
+    assert not draws[2].any() and draws[3].any()
+
+
+def test_what_cannot_be_sent_leaves_no_process_behind(alone):
+    process, _ = where()
+    with pytest.raises(AttributeError):  # Of what has no name nothing can be sent.
+        crop_processes.look_at_in_process(group_of([png(IMAGES[0])], lambda *_: None))
+    psutil.Process(process).wait(10)
+    assert where()[0] != process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux")
+def test_a_record_that_does_not_fit_ends_the_process_and_is_taken_for_nothing_else(alone):
+    process, _ = where()
+    now = psutil.Process(process).memory_info().vms
+    resource.prlimit(process, resource.RLIMIT_AS, (now + 2**26, resource.RLIM_INFINITY))
+    records = [b"." * 2**27, *[png(IMAGES[0])] * 3]
+    with pytest.raises(OSError, match="end of one, by exit code 1. It had to decode image 0, ima"):
+        crop_processes.look_at_in_process(group_of(records))
+    assert where()[0] != process
 
 
 def test_one_that_cannot_be_started_is_an_error(alone, monkeypatch):
@@ -215,6 +251,23 @@ def test_a_fork_starts_its_own():
     assert first in later and len(later) == len(set(later)) == 2
 
 
+def test_a_fork_keeps_no_process_that_is_at_work():
+    fork = """
+process = crop_processes._free.pop()  # As one has it that is at work.
+if not os.fork():
+    time.sleep(60)
+"""
+    with run(BEGIN + fork + "print(os.getpid(), flush=True)\ntime.sleep(60)") as program:
+        process = psutil.Process(int(program.stdout.readline()))
+        program.stdout.readline()
+        (forked,) = set(psutil.Process(program.pid).children()) - {process}
+        program.kill()
+        try:
+            process.wait(10)
+        finally:
+            forked.kill()
+
+
 def test_what_the_processes_warn_of_is_said_here():
     """The one warning of `pixels` once, whatever others, of Pillow's, came before it."""
     dark, odd = io.BytesIO(), io.BytesIO()
@@ -225,7 +278,7 @@ def test_what_the_processes_warn_of_is_said_here():
     )
     assert damaged != odd.getvalue()
     said = f"""
-import logging, threading
+import logging
 logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
 for encoded in ({damaged!r}, {dark.getvalue()!r}, {dark.getvalue()!r}):
     where(encoded=encoded)

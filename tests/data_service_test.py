@@ -186,6 +186,7 @@ data_service.main()
     ],
 )
 def test_workers_that_cannot_crop_end_in_a_sentence(program, expected, tmp_path):
+    pytest.importorskip("cykooz_resizer")
     dispatcher = tf.data.experimental.service.DispatchServer()
     address = dispatcher.target.partition("://")[2]
     worker = subprocess.Popen(

@@ -26,7 +26,15 @@ def leave(image, draws):
 
 
 def fail(image, draws):
-    raise {0: ValueError("what is wrong"), 1: MemoryError("too large")}[int(draws[0])]
+    raise ValueError("what is wrong")
+
+
+def fail_with_the_third(image, draws):
+    """As where the second of two views does not fit into the memory."""
+    yield image
+    if draws[0] == 4:
+        raise MemoryError
+    yield draws
 
 
 def wait(image, draws):

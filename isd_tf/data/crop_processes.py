@@ -5,12 +5,10 @@ tf.data hands a group of images to a process, and waits for the crops:
 
     tf.data's thread  ->  Group  ->  socket  ->  look_at, image by image  ->  socket  ->  crops
 
-There are as many as cores, each started when a thread first finds none free. They stay, and end
-when their sockets do: with this process, however that ends, and with the group that they have in
-hand.
+There are at most as many as cores, each started when a thread finds none free. They stay, and end
+when this process does, however it ends, after the group that they have in hand.
 """
 
-import functools
 import logging as python_logging
 import os
 import pathlib
@@ -21,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -67,12 +66,14 @@ def look_at(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
 
     Returns:
         V arrays [n, ...], zeros where an image cannot be read, and for each of those why.
+
+    Raises:
+        RuntimeError: for whatever else is amiss, with the name of the image.
     """
     seen, reasons = group.arrays(np.zeros), {}
 
-    def look_at_image(
-        i, source
-    ):  # Of its own, so that its image is gone before the next is opened.
+    # A function of its own, so that an image is gone before the next is opened.
+    def look_at_image(i, source):
         encoded = pixels.read_file(source) if group.are_paths else source
         image = pixels.decode(encoded, group.names[i], group.max_pixels)
         for of_all, of_one in zip(seen, group.look(image, group.draws[i]), strict=True):
@@ -83,6 +84,13 @@ def look_at(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
             look_at_image(i, source)
         except pixels.UnreadableImage as error:
             reasons[i] = str(error)
+        except MemoryError:
+            reasons[i] = "more than fits into the memory"
+            for of_all in seen:  # Some may have been there.
+                of_all[i] = 0
+        except Exception as error:
+            text = f"{group.names[i]} cannot be cropped: {type(error).__name__}: {error}"
+            raise RuntimeError(text) from error
     return seen, reasons
 
 
@@ -91,13 +99,17 @@ def look_at_in_process(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
 
     Raises:
         OSError: when the process cannot be started, or ends.
-        MemoryError, RuntimeError: what else `look_at` raises there.
+        RuntimeError: as `look_at` does.
     """
     if group.are_paths:  # The process may have been started elsewhere.
         group = group._replace(sources=list(map(_whole_path, group.sources)))
     with _turns():
         process = _free_process()
-        answer = process.look_at(group)
+        try:
+            answer = process.look_at(group)
+        except BaseException:  # Who knows what the process would take the next message for.
+            process.socket.close()
+            raise
         _free.append(process)
     if isinstance(answer, Exception):
         raise answer
@@ -108,21 +120,24 @@ def _whole_path(path):
     return path if os.path.isabs(path) else os.path.join(os.getcwdb(), path)
 
 
-@functools.cache
 def _turns():
     """Lets as many threads pass as there are cores."""
-    import joblib  # Which the processes do not need.
+    if not _only_turns:
+        import joblib  # Which the processes do not need.
 
-    return threading.BoundedSemaphore(joblib.cpu_count())
+        _only_turns.setdefault("", threading.BoundedSemaphore(joblib.cpu_count()))
+    return _only_turns[""]
 
 
 def _free_process():
-    while _free:
-        process = _free.pop()
-        if process.is_alive:  # What ended when it had no work has lost nothing.
+    while True:
+        try:
+            process = _free.pop()
+        except IndexError:
+            return _Process()
+        if process.process.poll() is None:
             return process
-        process.socket.close()
-    return _Process()
+        process.socket.close()  # What ended when it had no work has lost nothing.
 
 
 class _Process:
@@ -130,12 +145,15 @@ class _Process:
 
     def __init__(self):
         self.socket, its_own = socket.socketpair()
-        # Its work is one thread's. By what this process finds its modules, it does.
+        _sockets.update((self.socket, its_own))
+        # Its work is one thread's. It looks for modules where this process does.
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         paths = [path for path in sys.path if isinstance(path, str) and path]
-        # Who tells all processes of a training to end means the training, which ends this one.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        # It never sees these signals: who sends them to all processes of a training means the
+        # training, which ends this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
             with its_own:
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-c", PROGRAM, str(PACKAGE)],
@@ -144,11 +162,6 @@ class _Process:
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _started.add(self)
-
-    @property
-    def is_alive(self):
-        return self.process.poll() is None
 
     def look_at(self, group):
         seen = group.arrays(np.empty)
@@ -169,36 +182,35 @@ class _Process:
 
     def _end(self, group):
         self.socket.close()
-        _started.discard(self)
         status = self.process.wait()
-        how, cure = f"exit code {status}", "What it said stands above."
+        how = f"exit code {status}"
+        cure = "What it said stands above."
         if status < 0:
             how = f"signal {-status} ({signal.strsignal(-status)})"
-            cure = "If one of these images brings it about, remove it."
+            cure = "If one of these images brings that about, remove it."
         if -status == signal.SIGKILL:
             cure = (
                 "So Linux ends what takes more memory than there is: run fewer programs beside "
                 "it, or lower --max_pixels. The same command continues."
             )
-        images = f"{len(group.names)} images from {group.names[0]} on"
-        return f"{MUST_LIVE} Received: the end of one by {how}, which had {images} in hand. {cure}"
+        images = ", ".join(group.names)
+        return f"{MUST_LIVE} Received: the end of one, by {how}. It had to decode {images}. {cure}"
 
 
 _free: list[_Process] = []
-_started: set[_Process] = set()
+_only_turns: dict[str, threading.BoundedSemaphore] = {}
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _begin_anew():
-    """In a fork: the processes are its parent's, and end when no one has their sockets."""
-    for process in _started:
-        process.socket.close()
-    _started.clear()
+    """In a fork: the processes are its parent's, and end when no one else has their sockets."""
+    for own in _sockets:
+        own.close()
     _free.clear()
-    _turns.cache_clear()
+    _only_turns.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def serve(descriptor: int) -> None:
@@ -209,13 +221,7 @@ def serve(descriptor: int) -> None:
         while True:
             try:
                 group = _receive_group(its_socket)
-                seen, answer = [], None
-                try:
-                    seen, answer = look_at(group)
-                except MemoryError as error:
-                    answer = error
-                except Exception as error:  # Of whatever kind: it is the training's to tell.
-                    answer = RuntimeError(f"{type(error).__name__}: {error}")
+                seen, answer = _answer_to(group)
                 for _ in group.sources:  # That are still to come, after an error.
                     pass
                 _send(its_socket, (answer, records.taken()))
@@ -223,6 +229,13 @@ def serve(descriptor: int) -> None:
                     its_socket.sendall(memoryview(array).cast("B"))
             except (EOFError, ConnectionError):
                 return
+
+
+def _answer_to(group):
+    try:
+        return look_at(group)
+    except RuntimeError as error:
+        return [], RuntimeError(str(error))  # Without what its traceback holds.
 
 
 class _Records(python_logging.Handler):
