@@ -122,16 +122,6 @@ def assert_same_crops(ours, theirs, in_python):
     assert differ == in_python
 
 
-@pytest.fixture(params=["graph", "Python"])
-def way(request, monkeypatch):
-    """Who crops what is trained on."""
-    if request.param == "Python":
-        pytest.importorskip("cykooz_resizer")
-    else:
-        monkeypatch.setattr(python_crops, "cykooz_resizer", None)
-    return request.param
-
-
 @pytest.fixture(params=["arrays", "files", "records"])
 def dataset(request):
     return ARRAYS if request.param == "arrays" else request.getfixturevalue(request.param)

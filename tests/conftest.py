@@ -46,6 +46,16 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(params=["graph", "Python"])
+def way(request, monkeypatch):
+    """Who makes random crops of files and records."""
+    if request.param == "Python":
+        pytest.importorskip("cykooz_resizer")
+    else:
+        monkeypatch.setattr("isd_tf.views.python_crops.cykooz_resizer", None)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def no_flags_of_another_test():
     """A test that reads flags must set them itself, whichever ran before it in its process."""

@@ -19,7 +19,6 @@ from isd_tf.data import batches as batching
 from isd_tf.data import datasets
 from isd_tf.data import service as service_module
 from isd_tf.data.decoding import explaining
-from isd_tf.views import python_crops
 
 # What machines and processes do to each other takes its time: make slow.
 pytestmark = pytest.mark.slow
@@ -106,15 +105,6 @@ def address():
 
 def fingerprint(batch):
     return tuple(np.asarray(part).tobytes() for part in tf.nest.flatten(batch))
-
-
-@pytest.fixture(params=["Python", "graph"])
-def way(request, monkeypatch):
-    """Who crops files and records, here and in the service."""
-    if request.param == "Python":
-        pytest.importorskip("cykooz_resizer")
-    else:
-        monkeypatch.setattr(python_crops, "cykooz_resizer", None)
 
 
 @pytest.mark.parametrize("kind", ["arrays", "files", "records"])
