@@ -4,8 +4,8 @@
 
 For each image a process sleeps as long as it would compute, 1.5 milliseconds, and hands two black
 crops of 224x224 over: so a machine of few cores shows what a host of 16, or of PROCESSES, would
-come to if nothing else were in the way of so many. Prints the pairs a second, least, median and
-most of five rounds, the most that the sleep allows, and the processors' time that a pair took.
+come to if nothing else were in the way of so many. Prints the pairs a second, the median of five
+rounds (least to most), the most that the sleep allows, and the processors' time that a pair took.
 
 Only what the training's own process takes is not shared out among processes.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 SIZE, BATCH, BATCHES, ROUNDS = 224, 256, 60, 5
-# 1000 images in two cores' time: the row "the host's half" of docs/performance.md.
+# Of a core, about what an image takes: docs/performance.md, section 2.
 MILLISECONDS = 1.5
 
 

@@ -95,10 +95,8 @@ def serve(settings: argparse.Namespace):
                 dispatcher_timeout_ms=max(settings.timeout, 1) * 1000,
             )
         )
-        return (
-            offered,
-            server,
-        ), f"A worker is ready: {address}, of the dispatcher {settings.dispatcher}"
+        line = f"A worker is ready: {address}, of the dispatcher {settings.dispatcher}"
+        return (offered, server), line
     except tf.errors.OpError as error:
         raise OSError(f"TensorFlow cannot start the {settings.role}: {error.message}") from None
 

@@ -130,7 +130,11 @@ def test_there_are_no_more_than_cores(alone, monkeypatch):
     ("look", "how", "cure"),
     [
         (process_looks.die, r"signal 9 \(Killed\)", "--max_pixels. The same command continues."),
-        (process_looks.leave, "exit code 3", "What it said stands above."),
+        (
+            process_looks.leave,
+            "exit code 3",
+            "What it said stands in the output of the program that had started it.",
+        ),
     ],
 )
 def test_a_process_that_ends_is_an_error_in_a_sentence_and_another_goes_on(look, how, cure):

@@ -125,6 +125,7 @@ def _turns():
     if not _only_turns:
         import joblib  # Which the processes do not need.
 
+        # Of threads that come here at once, the first one's is everyone's.
         _only_turns.setdefault("", threading.BoundedSemaphore(joblib.cpu_count()))
     return _only_turns[""]
 
@@ -184,7 +185,7 @@ class _Process:
         self.socket.close()
         status = self.process.wait()
         how = f"exit code {status}"
-        cure = "What it said stands above."
+        cure = "What it said stands in the output of the program that had started it."
         if status < 0:
             how = f"signal {-status} ({signal.strsignal(-status)})"
             cure = "If one of these images brings that about, remove it."

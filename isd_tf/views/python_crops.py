@@ -50,14 +50,10 @@ def crop_box(
     Returns:
         top, left, height and width in pixels.
     """
-
-    def between(uniform, low, high):
-        return low + uniform * (high - low)
-
-    log_aspect = tuple(map(math.log, ASPECT))
+    (least, most), (narrow, wide) = area, map(math.log, ASPECT)
     for attempt in range(ATTEMPTS):
-        pixels = height * width * between(draws[attempt], *area)
-        ratio = math.exp(between(draws[ATTEMPTS + attempt], *log_aspect))
+        pixels = height * width * (least + draws[attempt] * (most - least))
+        ratio = math.exp(narrow + draws[ATTEMPTS + attempt] * (wide - narrow))
         box_height, box_width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(draws[-2] * (height - box_height + 1))
