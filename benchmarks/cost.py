@@ -30,7 +30,7 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import isd_tf
-from isd_tf.data import crop_processes, graph_decoder, looks, python_calls
+from isd_tf.data import crop_processes, looks, python_calls
 from isd_tf.views import python_crops
 
 PICTURE = pathlib.Path(__file__).parent.parent / "docs" / "performance.svg"
@@ -92,16 +92,9 @@ def print_parts_of_steps():
         keras.backend.clear_session()
 
 
-def decode_by_graph(paths):
-    def decode(path):
-        return tf.size(graph_decoder.decode(tf.io.read_file(path), formats=("JPEG",)))
-
-    return tf.map_fn(decode, paths, fn_output_signature=tf.int32, parallel_iterations=1)
-
-
-def decode_in_python(paths):
+def decode_alone(paths):
     """In a process, with no crop to hand over."""
-    look = python_crops.RandomCropsOfImage(size=0, areas=())
+    look = python_crops.RandomCropsOfImage(size=0, areas=(), resizer="")
 
     def decode(paths):
         images = list(paths), True, [""] * len(paths), np.zeros([len(paths), 0])
@@ -119,10 +112,9 @@ def print_parts_of_a_pair():
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
         groups = paths.batch(looks.GROUP)
         columns = []
-        for decode in (decode_in_python, decode_by_graph):
-            if decode is decode_by_graph:
-                python_crops.cykooz_resizer = None  # As under Linux on ARM.
-            decoded = iter(groups.map(decode, race.CORES).rebatch(row.sizes["batch"]))
+        for resizer in (python_crops.cykooz_resizer, None):
+            python_crops.cykooz_resizer = resizer  # None: by Pillow, as under Linux on ARM.
+            decoded = iter(groups.map(decode_alone, race.CORES).rebatch(row.sizes["batch"]))
             parts = (
                 race.timed(lambda: next(decoded), row.sizes["batch"], 40, 5),  # noqa: B023
                 race_isd_tf.host("", row.sizes, folder)(),
@@ -130,7 +122,7 @@ def print_parts_of_a_pair():
             )
             columns.append([1000 * race.CORES * seconds / things for things, seconds in parts])
     print("\na pair of 224x224 views from 500x375 JPEG, core-milliseconds\n")
-    print("| part | in Python | in the graph |\n| --- | --- | --- |")
+    print("| part | by cykooz_resizer | by Pillow |\n| --- | --- | --- |")
     (decode, host, pair) = np.transpose(columns)
     for part, values in (
         ("reading and decoding", decode),

@@ -90,7 +90,7 @@ def images_of(sizes, folder):
 
 
 def pairs(sizes, folder):
-    if sizes.get("by_graph"):
+    if sizes.get("by_pillow"):
         python_crops.cykooz_resizer = None  # As under Linux on ARM.
     dataset, views = images_of(sizes, folder), ("weak", "strong")
     return isd_tf.pretraining_batches(dataset, views, sizes["image_size"], sizes["batch"], seed=0)

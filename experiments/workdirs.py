@@ -21,9 +21,9 @@ import isd_tf
 from isd_tf.data import datasets
 from isd_tf.data.datasets import Dataset
 from isd_tf.data.folders import shown
-from isd_tf.data.looks import GRAPH, random_crops_by
 from isd_tf.training import cluster, initial_weights, metrics
 from isd_tf.training.checkpoints import Checkpoints
+from isd_tf.views.python_crops import fastest_resizer
 
 INITIAL_WEIGHTS = "initial_weights.weights.h5"
 TEACHER = "teacher.json"
@@ -236,15 +236,15 @@ def note_versions(
     if train is not None:
         now["replicas"] = checkpoints.strategy.num_replicas_in_sync
     if isinstance(train, datasets.FileDataset | datasets.RecordDataset):
-        by = random_crops_by()
-        now[CROPS_BY] = by if by == GRAPH else f"{by} {importlib.metadata.version(by)}"
+        by = fastest_resizer()
+        now[CROPS_BY] = f"{by} {importlib.metadata.version(by)}"
     if not (checkpoints.exist and path.exists()):
         write_json(path, now)
         return
     record = read_json(path)
     then = {name: record.get(name, value) for name, value in now.items()}
-    if CROPS_BY in now:  # Runs that do not say so began when it was always the graph.
-        then[CROPS_BY] = record.get(CROPS_BY, GRAPH)
+    if CROPS_BY in now:  # Runs that do not say so began when it was TensorFlow's graph.
+        then[CROPS_BY] = record.get(CROPS_BY, "graph")
     others = {name: value for name, value in now.items() if then[name] != value}
     if not others:
         return

@@ -18,7 +18,7 @@ from small_runs import STEPS, command, small_run
 from isd_tf.data import batches as batching
 from isd_tf.data import datasets
 from isd_tf.data import service as service_module
-from isd_tf.data.decoding import explaining
+from isd_tf.data.decoding import Unreadable, explaining
 
 # What machines and processes do to each other takes its time: make slow.
 pytestmark = pytest.mark.slow
@@ -108,7 +108,7 @@ def fingerprint(batch):
 
 
 @pytest.mark.parametrize("kind", ["arrays", "files", "records"])
-def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind, way):
+def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind, resizer):
     dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
     batches = take(dataset, 150, service, **settings)
@@ -138,15 +138,27 @@ def test_two_trainers_share_the_batches_of_one_job(service):
     assert len(set(seen)) == 60
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(files, r"\S+/05.png"), (records, r"\S+/shard1, record 2")]
-)
-def test_an_unreadable_image_ends_in_a_sentence_that_names_it(service, tmp_path, kind, name, way):
-    dataset = kind(tmp_path, broken=5)
+@pytest.mark.parametrize("kind", [files, records])
+def test_an_unreadable_image_is_replaced_and_counted(service, tmp_path, kind, resizer):
+    unreadable = Unreadable(N, 0.1)
+    batches = take(kind(tmp_path, broken=5), 60, service, unreadable=unreadable)
+    # As the local pipeline replaces it: bit for bit.
+    local = take(kind(tmp_path, broken=5), 400, unreadable=Unreadable(N, 0.1))
+    assert {fingerprint(batch) for batch in batches} <= {fingerprint(batch) for batch in local}
+    assert 5 not in np.concatenate([batch["label"] for batch in batches])
+    (name,) = unreadable.names
+    assert name.endswith("/05.png" if kind is files else "/shard1, record 2")
+    assert unreadable.met_before(1) == [name]  # From the first step on.
+
+
+def test_more_unreadable_images_than_allowed_end_the_training(service, tmp_path):
+    dataset, unreadable = files(tmp_path, broken=5), Unreadable(N, 0.04)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
-    batches = strategy.distribute_datasets_from_function(lambda _: batches_of(dataset, service))
-    with pytest.raises(ValueError, match=f"every image must be readable. Received: {name}.*Rep"):
-        with explaining([]):
+    batches = strategy.distribute_datasets_from_function(
+        lambda _: batches_of(dataset, service, unreadable=unreadable)
+    )
+    with pytest.raises(ValueError, match="At most 4.0%.*: 1 of 23, for example .*/05.png. Repair"):
+        with explaining([unreadable]):
             for _, _ in zip(range(60), batches, strict=False):
                 pass
 

@@ -96,7 +96,7 @@ def test_the_variant_with_the_best_median_counts(benchmark):
 def test_rows_are_chosen_by_how_their_names_begin(benchmark):
     against = benchmark("against_pytorch")
     assert list(against.chosen_rows("knn,views_224")) == [
-        *("views_224", "views_224_host", "views_224_by_graph", "views_224_host_by_graph", "knn")
+        *("views_224", "views_224_host", "views_224_by_pillow", "views_224_host_by_pillow", "knn")
     ]
     assert against.chosen_rows("") == against.ROWS
     with pytest.raises(SystemExit, match="Received: nothing"):
@@ -112,7 +112,7 @@ SMALL |= dict(queue_size=8, temperatures=(0.1, 0.1), learning_rate=0.1, k=2)
     [
         ("step", "isd_tf", {}, 2),
         ("views", "isd_tf", {"images": "files"}, 2),
-        ("views", "isd_tf", {"images": "files", "by_graph": True}, 2),
+        ("views", "isd_tf", {"images": "files", "by_pillow": True}, 2),
         ("host", "isd_tf", {"images": "patches"}, 2),
         ("training", "isd_tf", {"images": "patches"}, 2),
         ("neighbors", "isd_tf", {}, 3),
@@ -124,7 +124,7 @@ def test_each_kind_of_row_runs_on_our_side(
     kind, variant, own, things, benchmark, tmp_path, monkeypatch
 ):
     resizer = python_crops.cykooz_resizer
-    monkeypatch.setattr(python_crops, "cykooz_resizer", resizer)  # A row by the graph sets it.
+    monkeypatch.setattr(python_crops, "cykooz_resizer", resizer)  # A row by Pillow sets it.
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (4, 9, 10, 3), np.uint8)
     np.save(tmp_path / "patches.npy", pictures)
@@ -135,7 +135,7 @@ def test_each_kind_of_row_runs_on_our_side(
     make = getattr(benchmark("race_isd_tf"), kind)
     done, seconds = make(variant, SMALL | own, str(tmp_path))()
     assert done == things and seconds > 0
-    assert python_crops.cykooz_resizer is (None if "by_graph" in own else resizer)
+    assert python_crops.cykooz_resizer is (None if "by_pillow" in own else resizer)
 
 
 @pytest.mark.parametrize("form", ["at once", "in chunks"])

@@ -5,8 +5,8 @@ shuffled by state, so a run continued at any step sees what the uninterrupted ru
 and the number of replicas and workers changes nothing: of each global batch a worker prepares its
 own rows. For arrays and files this holds image by image; for streams of TFRecord files, of which
 every worker reads all records and decodes its own, as long as the shards and the STREAM_* constants
-stay the same. (Where Python has no resizer the graph crops files, and differs by a level or two of
-some pixels: see `looks`.) Only tf.data service (`data_service`) gives the order up.
+stay the same. (Where another library resizes files, some pixels differ by a level or two: see
+`python_crops`.) Only tf.data service (`data_service`) gives the order up.
 """
 
 import tensorflow as tf
@@ -15,7 +15,7 @@ from isd_tf.data import service
 from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled, untuned
 from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.data.looks import GROUP, CentreCrop, RandomCrops, SizedCentreCrop, as_it_stands
-from isd_tf.data.readers import READERS, Order, in_own_order, mapped
+from isd_tf.data.readers import READERS, Order, counted, in_own_order, mapped
 from isd_tf.views import augment
 
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
@@ -79,32 +79,28 @@ def pretraining_batches(
         )
     replicas_here = context.num_replicas_in_sync // context.num_input_pipelines
     unreadable = unreadable or Unreadable(len(dataset), 0.0, REPLACED)
+    order = Order(len(dataset), global_batch_size, seed, first_step)
     if data_service:
         service.require_workers(data_service.address)
-        unreadable = Unreadable(
-            len(dataset), 0.0, max_pixels=unreadable.max_pixels, in_service=True
+    else:
+        order = order._replace(
+            workers=context.num_input_pipelines, worker=context.input_pipeline_id
         )
-        context = tf.distribute.InputContext(1, 0, context.num_replicas_in_sync)
-    order = Order(
-        len(dataset),
-        global_batch_size,
-        seed,
-        first_step,
-        workers=context.num_input_pipelines,
-        worker=context.input_pipeline_id,
-    )
     look = RandomCrops(
         image_size,
         tuple(augment.RECIPES[recipe].area for recipe in views),
         _view_seeds(views, seed),
+        in_service=data_service is not None,
     )
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
     batches = seen.rebatch(global_batch_size // context.num_replicas_in_sync, drop_remainder=True)
 
-    def by_name(places, cut, labels):  # [b], for each view [b, S, S, 3], [b]
+    # [b], [b], for each view [b, S, S, 3], [b]
+    def by_name(places, failures, cut, labels):
         batch = {"label": labels} if is_labelled(dataset) else {}
         parts = zip(VIEW_NAMES[len(views)], views, cut, look.seeds(places), strict=True)
-        return batch | {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
+        batch |= {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
+        return places, failures, batch
 
     batches = batches.map(as_it_stands(by_name))
     options = tf.data.Options()
@@ -122,6 +118,10 @@ def pretraining_batches(
                 job_name=f"{data_service.job} from {first_step}",
             )
         )
+        # They come in no order: what could not be read counts from the beginning on.
+        batches = batches.map(as_it_stands(lambda places, *rest: (tf.zeros_like(places), *rest)))
+        batches = counted(batches, unreadable, others_count=context.num_input_pipelines > 1)
+    batches = batches.map(as_it_stands(lambda places, failures, batch: batch))
     return _kept_ready(batches, PREFETCHED_BATCHES * replicas_here)
 
 
@@ -296,7 +296,7 @@ def _labelled_views(dataset, image_size, order, unreadable):
     look = RandomCrops(image_size, (recipe.area,), (order.seed,))
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
-    def finish(places, crops, labels):  # [b], one of [b, S, S, 3], [b]
+    def finish(places, failures, crops, labels):  # [b], [b], one of [b, S, S, 3], [b]
         return recipe.finish(crops[0], look.seeds(places)[0]), labels
 
     # Of whole batches alone, the number of images is known before they are there.

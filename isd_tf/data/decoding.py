@@ -1,14 +1,15 @@
 """Decoding in Python, and what happens to images that it cannot read.
 
-They are counted and named in the log. In training the next candidate replaces each, so that no
-later batch shifts; elsewhere they are left out.
+In training the next candidate replaces each, so that no later batch shifts; elsewhere they are left
+out. Whoever decodes, here or in a data service, says which failed and why; `Unreadable` counts them
+and names them in the log.
 """
 
 import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -16,10 +17,8 @@ from absl import logging
 
 from isd_tf.data import crop_processes, pixels
 from isd_tf.data.folders import shown
-from isd_tf.data.python_calls import call_python
+from isd_tf.views import python_crops
 
-# What a data service's worker says, in whose process nothing is counted, before the name.
-UNREADABLE_IN_SERVICE = "With a data service every image must be readable. Received:"
 WORKERS_MUST = "A data service's workers must"
 # What becomes of an unreadable image: in training, in evaluations.
 REPLACED, LEFT_OUT = "replaced by the next one", "left out"
@@ -36,8 +35,6 @@ class Unreadable:
         limit: largest share of `total` that may be unreadable.
         fate: what becomes of them, for the log: REPLACED or LEFT_OUT.
         max_pixels: an image of more, width times height, counts as unreadable.
-        in_service: whether a data service reads, in whose processes nothing is counted: there the
-            first one ends the training.
         whole: images that `limit` is a share of; None: `total`.
     """
 
@@ -47,7 +44,6 @@ class Unreadable:
         limit: float,
         fate: str = LEFT_OUT,
         max_pixels: int = pixels.MAX_PIXELS,
-        in_service: bool = False,
         whole: int | None = None,
     ):
         self.total = total
@@ -56,7 +52,6 @@ class Unreadable:
         self.limit = limit
         self.fate = fate
         self.max_pixels = max_pixels
-        self.in_service = in_service
         self.verdict = ""  # What `check` has raised.
         self._first_places: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -75,6 +70,18 @@ class Unreadable:
         """Names of the unreadable images that stand before a place."""
         with self._lock:
             return [name for name, first in self._first_places.items() if first < place]
+
+    def count(self, places: np.ndarray, failures: np.ndarray) -> None:
+        """Counts the images that could not be read at some places.
+
+        Args:
+            places: int64 [n], in the order of reading.
+            failures: bytes [n], those of each place one after the other; empty where all was well.
+        """
+        for place, failure in zip(places.tolist(), failures, strict=True):
+            *told, _ = failure.split(b"\0")
+            for name, reason in zip(told[::2], told[1::2], strict=True):
+                self.add(os.fsdecode(name), os.fsdecode(reason), place)
 
     def add(self, name: str, reason: str, place: int) -> None:
         """Counts and logs an image that cannot be read where the order has it.
@@ -123,17 +130,10 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         for counter in counters:
             if counter.verdict:
                 raise ValueError(counter.verdict) from None
-        in_service = re.search(rf"\[{UNREADABLE_IN_SERVICE}\] \[(.*)\]", str(error))
-        if in_service:
-            raise ValueError(_explain_unreadable_in_service(in_service[1])) from None
         # What Python has said, here or in a data service.
-        for beginning, kind in (
-            (crop_processes.MUST_LIVE, OSError),
-            (WORKERS_MUST, OSError),
-            (f"{UNREADABLE_IN_SERVICE} ", ValueError),
-        ):
+        for beginning in (crop_processes.MUST_LIVE, WORKERS_MUST):
             if said := re.search(f"{re.escape(beginning)}.*", str(error)):
-                raise kind(said[0]) from None
+                raise OSError(said[0]) from None
         if "Could not find callback with key=" in str(error):
             raise OSError(
                 f"{WORKERS_MUST} be those of experiments/data_service.py. Received: one that does "
@@ -142,169 +142,73 @@ def explaining(counters: list[Unreadable]) -> Iterator[None]:
         raise
 
 
-def _explain_unreadable_in_service(name):
-    """A service's worker cannot say why. The trainer looks at the file, where it sees it."""
-    reason = ""
-    cure = "Repair or remove it, or train without --data_service, which counts and replaces it"
-    if os.path.isfile(name):
-        try:
-            width, height = pixels.open_image(pixels.read_file(name), shown(name)).size
-        except pixels.UnreadableImage as error:
-            reason = f" ({error})"
-        else:
-            reason = f" ({width} x {height} pixels, which Pillow reads and a graph does not)"
-            cure = (
-                "Save it in another form (docs/folders.md tells what a graph reads), or train "
-                "without --data_service, which reads it"
-            )
-    return f"{UNREADABLE_IN_SERVICE} {name}{reason}. {cure}."
-
-
-def decode_readable(
-    read: Callable[[bytes], bytes], unreadable: Unreadable, source: bytes, name: bytes, place: int
-) -> np.ndarray | None:
-    """Decodes an image in Python, which reads more than a graph; one that it cannot is counted.
+def decode_or_say(
+    read: Callable[[bytes], bytes], max_pixels: int, source: bytes, name: bytes
+) -> tuple[np.ndarray, bytes]:
+    """Decodes an image, if it can be read.
 
     Args:
         read: source to encoded bytes; says why not by pixels.UnreadableImage.
-        unreadable: where a failure is reported.
+        max_pixels: as in `pixels.decode`.
         source: what to read.
         name: of the image.
-        place: where in the order of reading the image is wanted.
 
     Returns:
-        uint8 [H, W, 3], upright; None where it cannot be read.
+        uint8 [H, W, 3], upright, and nothing; or [0, 0, 3], and its failure, for
+        `Unreadable.count`.
     """
     name = os.fsdecode(name)
     try:
-        return pixels.decode(read(source), shown(name), unreadable.max_pixels)
+        return pixels.decode(read(source), shown(name), max_pixels), b""
     except pixels.UnreadableImage as error:
-        unreadable.add(name, str(error), place)
-        return None
+        return np.zeros([0, 0, 3], np.uint8), _failure(name, error)
 
 
-def decode_first_readable(
-    candidate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
-    read: Callable[[bytes], bytes],
-    attempts: int,
-    unreadable: Unreadable,
-    place: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes the first of an image's candidates that can be read.
-
-    Args:
-        candidate: attempt number (int64 scalar) to (source, name, label): strings and an int64.
-        read, unreadable: as in `decode_readable`.
-        attempts: how many candidates there are.
-        place: int64 scalar, where in the order of reading the image is wanted.
-
-    Returns:
-        The image, uint8 [H, W, 3], and its label; an empty image [0, 0, 3] if all failed.
-    """
-
-    def decode(source, name, place):
-        image = decode_readable(read, unreadable, source, name, int(place))
-        return np.zeros([0, 0, 3], np.uint8) if image is None else image
-
-    def attempt(number):
-        source, name, label = candidate(number)
-        image = call_python(decode, [source, name, place], tf.uint8)
-        return number + 1, tf.ensure_shape(image, [None, None, 3]), label
-
-    attempts = _worth_trying(attempts, unreadable)
-    _, image, label = tf.while_loop(
-        lambda number, image, label: (tf.size(image) == 0) & (number < attempts),
-        lambda number, image, label: attempt(number),
-        (tf.constant(0, tf.int64), tf.zeros([0, 0, 3], tf.uint8), tf.constant(-1, tf.int64)),
-        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, 3]), tf.TensorShape([])),
-    )
-    return image, label
-
-
-def look_at_first_readable(
-    candidates: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]],
+def crop_images(
+    sources: np.ndarray,
+    names: np.ndarray,
     are_paths: bool,
-    look: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]],
-    nothing: Sequence[tf.Tensor],
-    attempts: int,
-    unreadable: Unreadable,
-    places: tf.Tensor,
-    draws: tf.Tensor,
-) -> tuple[tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Looks, for each of n images, at the first of its candidates that can be read.
+    wanted: np.ndarray,
+    draws: np.ndarray,
+    size: int,
+    areas: np.ndarray,
+    resizer: bytes,
+    max_pixels: int,
+) -> list[np.ndarray]:
+    """Makes random crops of images in a process beside this one.
 
     Args:
-        candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
-            sources, names and labels, each [m].
-        are_paths: whether sources are paths, or encoded images.
-        look: image and draws [...] to what is seen of it, V arrays; without TensorFlow, as
-            `crop_processes` has it.
-        nothing: V tensors [0, ...], of the types and shapes of what is seen.
-        attempts: how many candidates each image has.
-        unreadable: as in `decode_readable`.
-        places: int64 [n], where in the order of reading the images are wanted.
-        draws: [n, ...].
+        sources: bytes [n], paths, or encoded images.
+        names: bytes [n], of the images.
+        are_paths: which of the two.
+        wanted: bool [n]; the others are not read.
+        draws: float32 [n, V, 22], of `crops.crop_draws`.
+        size, areas, resizer: of `python_crops.RandomCropsOfImage`; float64 [V, 2] the areas.
+        max_pixels: as in `pixels.decode`.
 
     Returns:
-        V times [n, ...], zeros where no candidate could be read; the labels of those seen, int64
-        [n]; bool [n], whether there is one; and whether all first candidates could be read.
+        V times uint8 [n, S, S, 3], zeros where there is nothing to see; and bytes [n], the failures
+        of images that cannot be read, for `Unreadable.count`.
     """
-
-    of_each = tf.TensorShape([None])
-    shapes = tuple(tf.TensorShape([None, *x.shape[1:]]) for x in nothing)
-    types = tuple(x.dtype for x in nothing)
-    images = tf.range(tf.size(places, tf.int64))
-    of_image = [tuple(x.shape[1:]) for x in nothing], [x.dtype.as_numpy_dtype for x in nothing]
-    max_pixels = unreadable.max_pixels
-
-    def look_at_wanted(sources, names, places, draws, wanted):
-        rows = np.flatnonzero(wanted)
-        names = [os.fsdecode(names[row]) for row in rows]
-        group = crop_processes.Group(
-            [sources[row] for row in rows],
-            are_paths,
-            [shown(name) for name in names],
-            draws[rows],
-            look,
-            *of_image,
-            max_pixels,
-        )
-        found = np.zeros(len(places), bool)
-        found[rows] = True
-        seen, reasons = crop_processes.look_at_in_process(group)
-        for i, reason in reasons.items():
-            unreadable.add(names[i], reason, int(places[rows[i]]))
-            found[rows[i]] = False
-        if len(rows) < len(places):
-            seen = [_in_rows(array, rows, len(places)) for array in seen]
-        return *seen, found
-
-    def attempt(number, wanted):
-        sources, names, labels = candidates(images, number)
-        inputs = [sources, names, places, draws, wanted]
-        *seen, found = call_python(look_at_wanted, inputs, [*types, tf.bool])
-        seen = tuple(map(tf.ensure_shape, seen, shapes))
-        return seen, labels, tf.ensure_shape(found, of_each)
-
-    def attempt_again(number, readable, known):
-        seen, labels, found = attempt(number, ~readable)
-
-        def newest(new, old):
-            return tf.where(tf.reshape(found, [-1, *[1] * (old.shape.rank - 1)]), new, old)
-
-        known = tf.nest.map_structure(newest, (seen, labels), known)
-        return number + 1, readable | found, known
-
-    attempts = _worth_trying(attempts, unreadable)
-    seen, labels, found = attempt(tf.constant(0, tf.int64), tf.ones_like(places, tf.bool))
-    all_at_once = tf.reduce_all(found)
-    _, readable, (seen, labels) = tf.while_loop(
-        lambda number, readable, known: ~tf.reduce_all(readable) & (number < attempts),
-        attempt_again,
-        (tf.constant(1, tf.int64), found, (seen, labels)),
-        shape_invariants=(tf.TensorShape([]), of_each, (shapes, of_each)),
+    size, areas, rows = int(size), tuple(map(tuple, areas.tolist())), np.flatnonzero(wanted)
+    names = [os.fsdecode(names[row]) for row in rows]
+    group = crop_processes.Group(
+        [sources[row] for row in rows],
+        bool(are_paths),
+        [shown(name) for name in names],
+        draws[rows],
+        python_crops.RandomCropsOfImage(size, areas, resizer.decode()),
+        [(size, size, 3)] * len(areas),
+        [np.dtype(np.uint8)] * len(areas),
+        int(max_pixels),
     )
-    return seen, labels, readable, all_at_once
+    seen, reasons = crop_processes.look_at_in_process(group)
+    if len(rows) < len(wanted):
+        seen = [_in_rows(array, rows, len(wanted)) for array in seen]
+    failures = np.full(len(wanted), b"", object)
+    for i, reason in reasons.items():
+        failures[rows[i]] = _failure(names[i], reason)
+    return [*seen, failures]
 
 
 def _in_rows(array, rows, count):
@@ -314,9 +218,6 @@ def _in_rows(array, rows, count):
     return whole
 
 
-def _worth_trying(attempts, unreadable):
-    """With one more than may be unreadable the limit ends the reading.
-
-    Of a million broken ones all would be tried, at each place.
-    """
-    return min(attempts, int(unreadable.tolerated) + 1)
+def _failure(name, reason):
+    """One of those that `Unreadable.count` takes; no name holds a zero byte."""
+    return b"".join(os.fsencode(part).replace(b"\0", b"") + b"\0" for part in (name, str(reason)))

@@ -3,24 +3,22 @@
 Two decode and crop:
 
     Python               random crops of files and records, in processes of their own
-    TensorFlow's graph   the same where Python has no resizer, centre crops, and arrays, a batch at
-                         once; what it cannot decode, Python does
+    TensorFlow's graph   centre crops of them, and what it cannot decode, Python does; and arrays, a
+                         batch at once
 """
 
 import functools
 from typing import NamedTuple
 
 import joblib
+import numpy as np
 import tensorflow as tf
 
 from isd_tf.data.datasets import FileDataset
-from isd_tf.data.decoding import (
-    UNREADABLE_IN_SERVICE,
-    decode_first_readable,
-    look_at_first_readable,
-)
+from isd_tf.data.decoding import crop_images, decode_or_say
 from isd_tf.data.graph_decoder import decode, graph_formats
 from isd_tf.data.pixels import read_file
+from isd_tf.data.python_calls import call_python
 from isd_tf.data.service import crops_in_service
 from isd_tf.views import crops, python_crops
 
@@ -28,8 +26,6 @@ from isd_tf.views import crops, python_crops
 TFDS_FORMATS = ("JPEG", "PNG")
 # Images that are decoded one after the other, as one element of a dataset.
 GROUP = 16
-# Who makes random crops.
-RESIZER, GRAPH = "cykooz_resizer", "graph"
 
 
 class RandomCrops(NamedTuple):
@@ -38,10 +34,7 @@ class RandomCrops(NamedTuple):
     size: int
     areas: tuple[tuple[float, float], ...]
     view_seeds: tuple[int, ...]
-
-    @property
-    def nothing(self):
-        return tuple(tf.zeros([0, self.size, self.size, 3], tf.uint8) for _ in self.view_seeds)
+    in_service: bool = False  # Whether a data service's workers make them.
 
     def seeds(self, places):
         """For each view int64 [n, 2] of places [n]."""
@@ -51,8 +44,8 @@ class RandomCrops(NamedTuple):
     def draws(self, places):  # [n]
         return tf.stack([crops.crop_draws(seeds) for seeds in self.seeds(places)], 1)  # [n, V, 22]
 
-    def __call__(self, images, draws):  # [n, H, W, 3], [n, V, 22]
-        boxes = crops.crop_boxes(draws, images, self.areas)
+    def __call__(self, images, places):  # [n, H, W, 3], [n]
+        boxes = crops.crop_boxes(self.draws(places), images, self.areas)
         return tuple(crops.resize_boxes(images, boxes, self.size))
 
 
@@ -60,15 +53,13 @@ class CentreCrop(NamedTuple):
     """The evaluation view's crop."""
 
     size: int
+    in_service = False
 
     @property
     def nothing(self):
         return (tf.zeros([0, self.size, self.size, 3], tf.uint8),)
 
-    def draws(self, places):
-        return tf.zeros([tf.size(places), 0])  # There is nothing to draw.
-
-    def __call__(self, images, draws):
+    def __call__(self, images, places=None):  # [n, H, W, 3]
         return (crops.centre_crops(images, self.size),)
 
 
@@ -79,24 +70,9 @@ class SizedCentreCrop(CentreCrop):
     def nothing(self):
         return *super().nothing, tf.zeros([0, 2], tf.int32)
 
-    def __call__(self, images, draws):
+    def __call__(self, images, places=None):
         count, height, width = tf.unstack(tf.shape(images)[:3])
-        sizes = tf.tile([[width, height]], [count, 1])
-        return *super().__call__(images, draws), sizes
-
-
-def random_crops_by() -> str:
-    """Who makes random crops of files and records."""
-    return RESIZER if python_crops.cykooz_resizer else GRAPH
-
-
-def is_in_python(look):
-    return isinstance(look, RandomCrops) and random_crops_by() == RESIZER
-
-
-def calls_at_a_time(unreadable):
-    """Groups that are looked at side by side."""
-    return tf.data.AUTOTUNE if unreadable.in_service else cores()  # Of whichever machine does it.
+        return *super().__call__(images), tf.tile([[width, height]], [count, 1])
 
 
 @functools.cache  # One answer for all pipelines of a process.
@@ -105,100 +81,119 @@ def cores() -> int:
     return joblib.cpu_count()
 
 
+def calls_at_a_time(look):
+    """Groups that are looked at side by side."""
+    return tf.data.AUTOTUNE if look.in_service else cores()  # Of whichever machine does it.
+
+
 def look_at_images(look, places, candidates, dataset, attempts, unreadable):
     """What is seen of a few images.
 
     Args:
         look: what to see of an image.
         places: int64 [n], of the images in the order of reading.
-        candidates: as in `look_at_first_readable`.
+        candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
+            sources, names and labels, each [m].
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
-        attempts, unreadable: as there. In a data service every image must be readable.
+        attempts: how many candidates each image has; for a centre crop one.
+        unreadable: says how large an image may be, and how many are worth trying.
 
     Returns:
-        For each view uint8 [n, S, S, 3], labels [n], bool [n]: whether any could be read, and
-        whether all were read at once.
+        Failures, string [n], of the candidates that cannot be read; for each view uint8
+        [n, S, S, 3], zeros where all have failed; labels, int64 [n]; and bool [n], whether there is
+        anything to see.
     """
+    if isinstance(look, RandomCrops):
+        are_paths = isinstance(dataset, FileDataset)
+        return _crop_first_readable(look, places, candidates, are_paths, attempts, unreadable)
     count = tf.size(places, tf.int64)
-    if is_in_python(look):
-        are_paths, draws = isinstance(dataset, FileDataset), look.draws(places)
-        in_python = python_crops.RandomCropsOfImage(look.size, look.areas)
-        if unreadable.in_service:
-            sources, names, labels = candidates(tf.range(count), tf.constant(0, tf.int64))
-            limit = unreadable.max_pixels
-            seen = crops_in_service(sources, names, are_paths, draws, in_python, limit)
-            return seen, labels, tf.fill([count], True), tf.constant(True)
-        return look_at_first_readable(
-            candidates, are_paths, in_python, look.nothing, attempts, unreadable, places, draws
-        )
-    look_at, each = ways_to_look(look, places, candidates, dataset, attempts, unreadable)
+    sources, names, labels = candidates(tf.range(count), tf.constant(0, tf.int64))
+    look_at, each = ways_to_look(look, sources, names, dataset, unreadable)
     # All at once, and if one fails, each in Python. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
     at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
-    nothing = tf.data.Dataset.from_tensors((look.nothing, tf.zeros([0], tf.int64)))
+    nothing = tf.data.Dataset.from_tensors(look.nothing)
     readable = at_once.ignore_errors().concatenate(nothing).take(1)
-    return unless_missed(look, *readable.get_single_element(), each)
+    failures, seen = unless_missed(look, readable.get_single_element(), each)
+    return failures, seen, labels, failures == ""
 
 
-def ways_to_look(look, places, candidates, dataset, attempts, unreadable):
-    """Two functions, with the arguments of `look_at_images`.
+def _crop_first_readable(look, places, candidates, are_paths, attempts, unreadable):
+    """`look_at_images` in Python: of each image, crops of the first candidate that can be read."""
+    images, draws, views = tf.range(tf.size(places, tf.int64)), look.draws(places), len(look.areas)
+    areas, max_pixels = np.float64(look.areas), np.int64(unreadable.max_pixels)
+    how = [draws, look.size, areas, python_crops.fastest_resizer(), max_pixels]
+    types = [tf.uint8] * views + [tf.string]
+    of_each, of_view = tf.TensorShape([None]), tf.TensorShape([None, look.size, look.size, 3])
+    call = crops_in_service if look.in_service else functools.partial(call_python, crop_images)
+
+    def attempt(number, wanted):
+        sources, names, labels = candidates(images, number)
+        outputs = call([sources, names, are_paths, wanted, *how], types)
+        *seen, failures = map(tf.ensure_shape, outputs, [*[of_view] * views, of_each])
+        return failures, tuple(seen), labels, wanted & (failures == "")
+
+    def attempt_again(number, failures, seen, labels, readable):
+        more_failures, *newest, found = attempt(number, ~readable)
+
+        def newest_of(new, old):
+            return tf.where(tf.reshape(found, [-1, *[1] * (old.shape.rank - 1)]), new, old)
+
+        seen, labels = tf.nest.map_structure(newest_of, tuple(newest), (seen, labels))
+        return number + 1, failures + more_failures, seen, labels, readable | found
+
+    first = attempt(tf.constant(0, tf.int64), tf.ones_like(places, tf.bool))
+    # With one more than may be unreadable the limit ends the reading. Of a million broken ones all
+    # would be tried, at each place.
+    attempts = min(attempts, int(unreadable.tolerated) + 1)
+    _, *result = tf.while_loop(
+        lambda number, *found: ~tf.reduce_all(found[-1]) & (number < attempts),
+        attempt_again,
+        (tf.constant(1, tf.int64), *first),
+        shape_invariants=(tf.TensorShape([]), of_each, (of_view,) * views, of_each, of_each),
+    )
+    return result
+
+
+def ways_to_look(look, sources, names, dataset, unreadable):
+    """Two functions that look at images by their sources.
 
     Returns:
-        One by the graph, which fails where an image cannot be read: of a number, int64, the views
-        [S, S, 3] of that image, and its label. One in Python: of nothing, for each view
-        [n, S, S, 3], labels [n] and bool [n], whether any could be read.
+        One by the graph, which fails where an image cannot be read: of a number, int64, what is
+        seen of that image. One in Python: of nothing, failures [n] and what is seen of all.
     """
-    draws = look.draws(places)
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    numbers = tf.range(tf.size(places, tf.int64))
-    sources, names, labels = candidates(numbers, tf.constant(0, tf.int64))
+    read, max_pixels = read_file if is_file else bytes, unreadable.max_pixels
+
+    def crop(image):
+        return tuple(x[0] for x in look(image[tf.newaxis]))
 
     def look_at(i):
         encoded = tf.io.read_file(sources[i]) if is_file else sources[i]
-        image = decode(encoded, unreadable.max_pixels, formats)
-        seen = look(image[tf.newaxis], draws[i][tf.newaxis])
-        return tuple(x[0] for x in seen), labels[i]
+        return crop(decode(encoded, max_pixels, formats))
 
-    def look_at_readable(i):
-        image, label = decode_first_readable(
-            lambda attempt: [part[0] for part in candidates(i[tf.newaxis], attempt)],
-            read_file if is_file else bytes,
-            attempts,
-            unreadable,
-            places[i],
-        )
-        readable = tf.size(image) > 0
-        seen = tf.cond(
-            readable,
-            lambda: look(image[tf.newaxis], draws[i][tf.newaxis]),
-            lambda: tuple(tf.zeros([1, *x.shape[1:]], x.dtype) for x in look.nothing),
-        )
-        return tuple(x[0] for x in seen), label, readable
+    def look_at_readable(source_and_name):
+        decode_here = functools.partial(decode_or_say, read, max_pixels)
+        image, failure = call_python(decode_here, source_and_name, [tf.uint8, tf.string])
+        image, failure = tf.ensure_shape(image, [None, None, 3]), tf.ensure_shape(failure, [])
+        nothing = tuple(tf.zeros(x.shape[1:], x.dtype) for x in look.nothing)
+        return failure, tf.cond(failure == "", lambda: crop(image), lambda: nothing)
 
     def each():
-        if unreadable.in_service:
-            count = tf.size(numbers)
-            message = [UNREADABLE_IN_SERVICE, names[0]]
-            with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-                views = tuple(tf.zeros([count, *x.shape[1:]], x.dtype) for x in look.nothing)
-                return views, tf.zeros([count], tf.int64), tf.fill([count], False)
-        types = (tuple(x.dtype for x in look.nothing), tf.int64, tf.bool)
-        return tf.map_fn(look_at_readable, numbers, fn_output_signature=types)
+        types = tf.string, tuple(x.dtype for x in look.nothing)
+        return tf.map_fn(look_at_readable, (sources, names), fn_output_signature=types)
 
     return look_at, each
 
 
-def unless_missed(look, seen, labels, each):
+def unless_missed(look, seen, each):
     """What the graph has seen of a group, or, where that is nothing, what `each` sees."""
-    all_at_once = tf.size(labels) > 0
-    seen, labels, readable = tf.cond(
-        all_at_once, lambda: (seen, labels, tf.fill([tf.size(labels)], True)), each
-    )
+    count = tf.shape(seen[0])[0]
+    failures, seen = tf.cond(count > 0, lambda: (tf.fill([count], ""), seen), each)
     pairs = zip(seen, look.nothing, strict=True)
     seen = tuple(tf.ensure_shape(x, [None, *empty.shape[1:]]) for x, empty in pairs)
-    labels, readable = (tf.ensure_shape(x, [None]) for x in (labels, readable))
-    return seen, labels, readable, all_at_once
+    return tf.ensure_shape(failures, [None]), seen
 
 
 def as_it_stands(function):

@@ -16,10 +16,10 @@ from isd_tf.data.decoding import Unreadable
 from isd_tf.data.graph_decoder import graph_formats
 from isd_tf.data.looks import (
     GROUP,
+    RandomCrops,
     as_it_stands,
     calls_at_a_time,
     cores,
-    is_in_python,
     look_at_images,
     unless_missed,
     ways_to_look,
@@ -50,20 +50,19 @@ def in_own_order(dataset, look, unreadable, batch_size):
 
         def look_at_batch(first):
             numbers = tf.range(first, tf.minimum(first + batch_size, len(dataset)))
-            seen = look(all_images[first : first + batch_size], look.draws(numbers))
+            seen = look(all_images[first : first + batch_size], numbers)
             return numbers, seen, all_labels[first : first + batch_size]
 
         firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
         return mapped(firsts, look_at_batch)
 
-    def leave_out(numbers, seen, labels, readable):
+    def leave_out(numbers, failures, seen, labels, readable):
         return tf.nest.map_structure(
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
 
     in_groups = _file_groups if isinstance(dataset, FileDataset) else _record_groups
-    groups = in_groups(dataset, look, unreadable)
-    return mapped(_ended_beyond_limit(groups, unreadable), leave_out)
+    return mapped(counted(in_groups(dataset, look, unreadable), unreadable), leave_out)
 
 
 def _record_groups(dataset, look, unreadable):
@@ -76,7 +75,7 @@ def _record_groups(dataset, look, unreadable):
         return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
     groups = sources.enumerate().batch(GROUP)
-    return groups.map(as_it_stands(look_at_group), calls_at_a_time(unreadable))
+    return groups.map(as_it_stands(look_at_group), calls_at_a_time(look))
 
 
 def _file_groups(dataset, look, unreadable):
@@ -92,14 +91,13 @@ def _file_groups(dataset, look, unreadable):
 
         return numbers, candidates
 
-    if is_in_python(look):
+    if isinstance(look, RandomCrops):
 
         def look_at_group(group):
             numbers, candidates = of_group(group)
             return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
 
-        calls = calls_at_a_time(unreadable)
-        return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls)
+        return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls_at_a_time(look))
     return _file_groups_by_graph(dataset, look, unreadable, groups, of_group)
 
 
@@ -109,21 +107,23 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     As `look_at_images` does it, but there is an outer dataset for all groups here instead of an
     inner one for each, which TensorFlow does not optimise: it takes twice the time.
     """
-    nothing = look.nothing, tf.zeros([0], tf.int64)
-    types = tf.nest.map_structure(lambda x: x.dtype, nothing)
+    nothing = look.nothing
+    types = tuple(x.dtype for x in nothing)
 
     def ways_of_group(group):
         numbers, candidates = of_group(group)
-        return numbers, *ways_to_look(look, numbers, candidates, dataset, 1, unreadable)
+        sources, names, labels = candidates(tf.range(tf.size(numbers)), 0)
+        return numbers, labels, *ways_to_look(look, sources, names, dataset, unreadable)
 
     def look_at_once(group):
-        numbers, look_at, _ = ways_of_group(group)
-        places = tf.range(tf.size(numbers, tf.int64))
+        numbers, _, look_at, _ = ways_of_group(group)
+        places = tf.range(tf.size(numbers))
         return group, tf.map_fn(look_at, places, fn_output_signature=types, parallel_iterations=1)
 
     def look_at_missed(group, seen_at_once):
-        numbers, _, each = ways_of_group(group)
-        return numbers, *unless_missed(look, *seen_at_once, each)
+        numbers, labels, _, each = ways_of_group(group)
+        failures, seen = unless_missed(look, seen_at_once, each)
+        return numbers, failures, seen, labels, failures == ""
 
     def count(expected, found):
         group, _ = found
@@ -144,8 +144,8 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
 
 
 # ---------------------------------------------------------------- images in the order of training
-# Each reader returns an endless dataset of (places [n], for each view [n, S, S, 3], labels [n]),
-# this worker's.
+# Each reader returns an endless dataset of (places [n], failures [n], for each view [n, S, S, 3],
+# labels [n]), this worker's.
 
 
 class Order(NamedTuple):
@@ -218,10 +218,10 @@ def _array_batches(dataset, order, look, unreadable):
     def look_at_batch(step):
         places = order.places(step)
         rows = order.images_at(places)
-        seen = look(tf.gather(all_images, rows), look.draws(places))
-        return places, seen, tf.gather(all_labels, rows)
+        seen = look(tf.gather(all_images, rows), places)
+        return places, tf.fill([tf.size(places)], ""), seen, tf.gather(all_labels, rows)
 
-    if unreadable.in_service:
+    if look.in_service:
         return order.steps.map(as_it_stands(look_at_batch), tf.data.AUTOTUNE)
     return mapped(order.steps, look_at_batch)
 
@@ -230,8 +230,7 @@ def _file_images(dataset, order, look, unreadable):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
 
     def places_of(step):
-        places = tf.data.Dataset.from_tensor_slices(order.places(step))
-        return places.batch(_group_size(look, unreadable))
+        return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(GROUP)
 
     def look_at_group(places):  # [n]
         def candidates(which, attempt):
@@ -242,10 +241,10 @@ def _file_images(dataset, order, look, unreadable):
         count = len(dataset)
         return places, *look_at_images(look, places, candidates, dataset, count, unreadable)
 
-    calls = calls_at_a_time(unreadable)
-    groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls)
+    groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls_at_a_time(look))
     # Where none can be read, the limit ends the training.
-    return _in_training(groups, order, unreadable).map(as_it_stands(lambda *group: group[:3]))
+    groups = _in_training(groups, order, look, unreadable)
+    return groups.map(as_it_stands(lambda *group: group[:-1]))
 
 
 def _record_images(dataset, order, look, unreadable):
@@ -290,28 +289,22 @@ def _record_images(dataset, order, look, unreadable):
             look, places, candidates, dataset, STREAM_CANDIDATES, unreadable
         )
 
-    def require_readable(places, seen, labels, readable):
+    def require_readable(places, failures, seen, labels, readable):
         message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
-            return places, seen, tf.identity(labels)
+            return places, failures, seen, tf.identity(labels)
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
-    groups = windows.batch(_group_size(look, unreadable))
-    groups = groups.map(as_it_stands(look_at_group), calls_at_a_time(unreadable))
-    return _in_training(groups, order, unreadable).map(as_it_stands(require_readable))
+    groups = windows.batch(GROUP).map(as_it_stands(look_at_group), calls_at_a_time(look))
+    return _in_training(groups, order, look, unreadable).map(as_it_stands(require_readable))
 
 
-def _group_size(look, unreadable):
-    """Images looked at together; by the graph in a data service one, to name the unreadable one."""
-    return 1 if unreadable.in_service and not is_in_python(look) else GROUP
-
-
-def _in_training(groups, order, unreadable):
-    """Ends the training beyond the limit, unless others must count: several workers together."""
-    if unreadable.in_service or order.workers > 1:
-        return groups.map(as_it_stands(lambda *group: group[:4]))
-    return _ended_beyond_limit(groups, unreadable)
+def _in_training(groups, order, look, unreadable):
+    """Counts what could not be read. Of a data service the trainer does, of what it gets."""
+    if look.in_service:
+        return groups
+    return counted(groups, unreadable, others_count=order.workers > 1)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
@@ -320,24 +313,29 @@ READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDatase
 # ------------------------------------------------------------------------- what both orders need
 
 
-def _ended_beyond_limit(groups, unreadable):
-    """Ends the reading at the first group up to which too many images could not be read.
+def counted(dataset, unreadable, others_count=False):
+    """Counts the failures of elements (places [n], failures [n], ...), one after the other.
 
-    In the order of the groups, whichever of them were read first. (Only where one could not be
-    read, as Python is slow, and waited for where an iterator is given up.)
+    The reading ends at the first element up to which too many images could not be read, unless
+    others count: several workers together. (By Python, which is slow, and waited for where an
+    iterator is given up: only where one could not be read.)
     """
 
-    def check(place):
-        unreadable.check(int(place))
-        return place
+    def count(places, failures):
+        unreadable.count(places, failures)
+        if not others_count:
+            unreadable.check(int(places[-1]) + 1)
+        return places
 
-    def in_order(places, seen, labels, readable, all_at_once):
-        last = places[-1] + 1
-        checked = tf.cond(all_at_once, lambda: last, lambda: call_python(check, [last], tf.int64))
-        with tf.control_dependencies([checked]):
-            return tf.nest.map_structure(tf.identity, (places, seen, labels, readable))
+    def in_order(places, failures, *rest):
+        all_read = tf.reduce_all(failures == "")
+        known = tf.cond(
+            all_read, lambda: places, lambda: call_python(count, [places, failures], tf.int64)
+        )
+        with tf.control_dependencies([known]):
+            return tf.nest.map_structure(tf.identity, (places, failures, *rest))
 
-    return groups.map(as_it_stands(in_order))
+    return dataset.map(as_it_stands(in_order))
 
 
 def mapped(dataset, function):

@@ -5,17 +5,14 @@ TensorFlow gave it in its own process. So the worker's program offers one, `offe
 makes any other, and the trainer's graph calls whatever has the first name: `crops_in_service`.
 """
 
-import os
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grpc  # TensorFlow depends on it.
-import numpy as np
 import tensorflow as tf
 
-from isd_tf.data import crop_processes
-from isd_tf.data.decoding import UNREADABLE_IN_SERVICE, WORKERS_MUST
-from isd_tf.data.folders import shown
+from isd_tf.data.decoding import WORKERS_MUST, crop_images
 from isd_tf.views import python_crops
 
 # How long to wait for a service's first worker; TensorFlow would wait forever, in silence.
@@ -66,32 +63,9 @@ def require_workers(address: str) -> None:
             ) from None
 
 
-def crops_in_service(
-    sources: tf.Tensor,
-    names: tf.Tensor,
-    are_paths: bool,
-    draws: tf.Tensor,
-    look: python_crops.RandomCropsOfImage,
-    max_pixels: int,
-) -> tuple[tf.Tensor, ...]:
-    """Makes random crops of images in Python, wherever the service's worker is.
-
-    Args:
-        sources: string [n], paths, or encoded images.
-        names: string [n], of the images, for errors.
-        are_paths: which of the two.
-        draws: float32 [n, V, 22], of `crops.crop_draws`.
-        look: S and the V areas.
-        max_pixels: as in `pixels.decode`.
-
-    Returns:
-        V times uint8 [n, S, S, 3]. An image that cannot be read is an error.
-    """
-    areas = tf.constant(look.areas, tf.float64)
-    inputs = [sources, names, are_paths, draws, look.size, areas, np.int64(max_pixels)]
-    types = [tf.uint8] * len(look.areas)
-    crops = tf.raw_ops.PyFuncStateless(input=inputs, token=FIRST, Tout=types)
-    return tuple(tf.ensure_shape(crop, [None, look.size, look.size, 3]) for crop in crops)
+def crops_in_service(inputs: Sequence[tf.Tensor], types: Sequence[tf.DType]) -> list[tf.Tensor]:
+    """Calls `decoding.crop_images` in Python, wherever the service's worker is."""
+    return tf.raw_ops.PyFuncStateless(input=inputs, token=FIRST, Tout=types)
 
 
 def offer_crops() -> tf.Graph:
@@ -108,29 +82,11 @@ def offer_crops() -> tf.Graph:
     return graph
 
 
-def _crops(sources, names, are_paths, draws, size, areas, max_pixels):
-    if not python_crops.cykooz_resizer:
+def _crops(*arguments):
+    *_, resizer, _ = arguments
+    if resizer == b"cykooz_resizer" and not python_crops.cykooz_resizer:
         raise RuntimeError(
             f"{WORKERS_MUST} have cykooz_resizer, as the trainer has. Received: one without. There "
             "is no wheel for Linux on ARM: start others."
         )
-    look = python_crops.RandomCropsOfImage(int(size), tuple(map(tuple, areas.tolist())))
-    names = [shown(os.fsdecode(name)) for name in names]
-    views = len(look.areas)
-    group = crop_processes.Group(
-        list(sources),
-        bool(are_paths),
-        names,
-        draws,
-        look,
-        [(look.size, look.size, 3)] * views,
-        [np.dtype(np.uint8)] * views,
-        int(max_pixels),
-    )
-    crops, reasons = crop_processes.look_at_in_process(group)
-    for i, reason in reasons.items():
-        raise ValueError(
-            f"{UNREADABLE_IN_SERVICE} {names[i]} ({shown(reason)}). Repair or remove it, or train "
-            "without --data_service, which counts and replaces it."
-        )
-    return crops
+    return crop_images(*arguments)

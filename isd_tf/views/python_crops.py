@@ -1,8 +1,13 @@
-"""Random crops in Python, of one image at a time: `crops` for where there is Python.
+"""Random crops in Python, of one image at a time.
 
-By cykooz_resizer (the Rust library fast_image_resize), in a third of the time of Pillow's resize.
-Boxes are the graph's. Pixels are whole numbers here too, which do not depend on the processor or on
-threads; some differ from the graph's by a level of 255; by two at most, as both round twice.
+Boxes are those of `crops`. Two libraries can resize:
+
+    cykooz_resizer   the Rust library fast_image_resize, in a third of Pillow's time; it has no
+                     wheel for Linux on ARM
+    pillow           everywhere
+
+Pixels are whole numbers in both, which do not depend on the processor or on threads. Some differ by
+a level of 255 between the two and from those of `crops`; by two at most, as all round twice.
 """
 
 import math
@@ -10,10 +15,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 try:
     import cykooz_resizer
-except ModuleNotFoundError:  # It has no wheel for Linux on ARM; the graph crops there.
+except ModuleNotFoundError:
     cykooz_resizer = None
 
 ATTEMPTS = 10
@@ -22,16 +28,22 @@ ASPECT = (3 / 4, 4 / 3)
 PART_PIXELS = 2**21
 
 
+def fastest_resizer() -> str:
+    """The library that resizes here, by its package's name."""
+    return "cykooz_resizer" if cykooz_resizer else "pillow"
+
+
 class RandomCropsOfImage(NamedTuple):
     """One random crop for each of V views."""
 
     size: int
     areas: tuple[tuple[float, float], ...]
+    resizer: str
 
     def __call__(self, image, draws):  # [H, W, 3], [V, 22]
         views = zip(draws.tolist(), self.areas, strict=True)
         boxes = [crop_box(own, *image.shape[:2], area) for own, area in views]
-        return [resize_box(image, box, self.size) for box in boxes]
+        return [resize_box(image, box, self.size, self.resizer) for box in boxes]
 
 
 def crop_box(
@@ -64,42 +76,44 @@ def crop_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def resize_box(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """Cuts a box out of an image and resizes it.
+def resize_box(
+    image: np.ndarray, box: tuple[int, int, int, int], size: int, resizer: str
+) -> np.ndarray:
+    """Cuts a box out of an image and resizes it: bilinear, antialiased.
 
     Args:
         image: uint8 [H, W, 3].
         box: top, left, height and width in pixels.
         size: side S of the result in pixels.
+        resizer: the library, as `fastest_resizer` names it.
 
     Returns:
         uint8 [S, S, 3], read-only.
     """
     top, left, height, width = box
-    box_pixels = image[top : top + height, left : left + width]
-    bilinear = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
-    options, resizer = cykooz_resizer.ResizeOptions(bilinear), cykooz_resizer.Resizer()
-
-    def pixels(width, height, values=None):
-        return cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, values)
-
-    def resized(source, width, height):
-        result = pixels(width, height)
-        resizer.resize(source, result, options)
-        return result
-
-    # Across first, as the graph does; at once it would go down first, and round otherwise.
-    def across(first, last):
+    pixels = image[top : top + height, left : left + width]
+    resized = {"cykooz_resizer": _resized_by_cykooz, "pillow": _resized_by_pillow}[resizer]
+    # Across first, as in `crops` (at once cykooz_resizer would go down first, and round otherwise);
+    # in parts, as a copy of a large box would take as much memory as the image.
+    rows = max(PART_PIXELS // width, 1)
+    narrow = []
+    for first in range(0, height, rows):
+        part = pixels[first : first + rows]
         # Pixel by pixel: of a turned photograph, numpy would copy byte by byte.
-        part = box_pixels[first:last].view("V3").tobytes()
-        return resized(pixels(width, last - first, part), size, last - first)
-
-    # A copy of a large box would take as much memory as the image.
-    rows = PART_PIXELS // width
-    if rows >= height:
-        narrow = across(0, height)
-    else:
-        parts = (across(y, min(y + rows, height)) for y in range(0, height, rows))
-        narrow = pixels(size, height, b"".join(part.get_buffer() for part in parts))
-    whole = resized(narrow, size, size).get_buffer()
+        narrow.append(resized(part.view("V3").tobytes(), width, len(part), size, len(part)))
+    whole = resized(b"".join(narrow), size, height, size, size)
     return np.frombuffer(whole, np.uint8).reshape(size, size, 3)
+
+
+def _resized_by_cykooz(pixels, width, height, new_width, new_height):
+    levels = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(width, height, levels, pixels)
+    result = cykooz_resizer.ImageData(new_width, new_height, levels)
+    bilinear = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
+    cykooz_resizer.Resizer().resize(source, result, cykooz_resizer.ResizeOptions(bilinear))
+    return result.get_buffer()
+
+
+def _resized_by_pillow(pixels, width, height, new_width, new_height):
+    image = Image.frombuffer("RGB", (width, height), pixels)
+    return image.resize((new_width, new_height), Image.Resampling.BILINEAR).tobytes()
