@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -216,13 +217,17 @@ def test_a_worker_offers_its_crops_before_all_other_functions():
 
 
 def test_a_run_is_trained_and_evaluated(address, photos, tmp_path):
-    arguments = small_run(photos, tmp_path, f"--data_service={address}", "--epochs=2")
-    arguments += ["--stages=pretrain,evaluate", "--knn_every_epochs=0"]
+    images, workdir = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, images)
+    (images / "train" / "dark" / "3.png").write_bytes(b"broken")
+    arguments = small_run(images, workdir, f"--data_service={address}", "--epochs=2")
+    arguments += ["--stages=pretrain,evaluate", "--knn_every_epochs=0", "--max_unreadable=0.1"]
     result = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    assert re.search("replaced by the next one: .*/train/dark/3.png", result.stderr)
+    results = json.loads((workdir / "results.json").read_text())
     assert results["step"] == STEPS // 2 and np.isfinite(results["loss"])
-    assert 0 <= results["student_1nn"] <= 1
+    assert results["unreadable_images"] == 1 and 0 <= results["student_1nn"] <= 1
 
 
 def test_a_run_without_a_dispatcher_says_what_to_start(photos, tmp_path):
