@@ -1,11 +1,12 @@
 """How many pairs of crops a training can take over from the processes that make them.
 
-    PYTHONPATH=. python benchmarks/handover.py [PROCESSES] [MILLISECONDS]
+    PYTHONPATH=. python benchmarks/handover.py [PROCESSES] [MILLISECONDS] [BATCHES]
 
 For each image a process sleeps as long as it would compute, 1.5 milliseconds, and hands two black
 crops of 224x224 over: so a machine of few cores shows what a host of 16, or of PROCESSES, would
 come to if nothing else were in the way of so many. Prints the pairs a second, the median of five
-rounds (least to most), the most that the sleep allows, and the processors' time that a pair took.
+rounds of BATCHES (least to most), the most that the sleep allows, and the processors' time that a
+pair took.
 
 Only what the training's own process takes is not shared out among processes.
 """
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIZE, BATCH, BATCHES, ROUNDS = 224, 256, 60, 5
+SIZE, BATCH, ROUNDS = 224, 256, 5
 # Of a core, about what an image takes: docs/performance.md, section 2.
 MILLISECONDS = 1.5
 
@@ -35,7 +36,7 @@ class Sleep(NamedTuple):
         return [np.zeros([SIZE, SIZE, 3], np.uint8)] * 2
 
 
-def main(processes=16, milliseconds=MILLISECONDS):
+def main(processes=16, milliseconds=MILLISECONDS, batches=60):
     import handover  # Where the processes find `Sleep`; they import no TensorFlow.
     import joblib
     import psutil
@@ -53,19 +54,19 @@ def main(processes=16, milliseconds=MILLISECONDS):
         seconds = [sum(x.cpu_times()[:2]) for x in (own, *own.children())]
         return np.array([seconds[0], sum(seconds)])
 
-    python_crops.RandomCropsOfImage = lambda size, areas: handover.Sleep(float(milliseconds) / 1000)
+    python_crops.RandomCropsOfImage = lambda *_: handover.Sleep(float(milliseconds) / 1000)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "small.png")
         Image.new("RGB", (1, 1)).save(path)
         images = isd_tf.datasets.FileDataset("small", (str(path),) * 10_000)
-        batches = isd_tf.pretraining_batches(images, ("weak", "strong"), SIZE, BATCH, seed=0)
+        pipeline = isd_tf.pretraining_batches(images, ("weak", "strong"), SIZE, BATCH, seed=0)
         options = tf.data.Options()
         options.threading.private_threadpool_size = int(processes)  # As many as it has cores.
-        batches = iter(batches.with_options(options))
+        made = iter(pipeline.with_options(options))
         rates, costs = [], []
         for _ in range(ROUNDS):
             before = processor_seconds()
-            pairs, seconds = race.timed(lambda: next(batches), BATCH, BATCHES)
+            pairs, seconds = race.timed(lambda: next(made), BATCH, int(batches))
             rates.append(pairs / seconds)
             costs.append(1000 * (processor_seconds() - before) / (pairs + BATCH))
     allowed = 1000 * int(processes) / float(milliseconds)

@@ -1,7 +1,10 @@
 """The referee of `make benchmark`: whose turn it is, what is timed, which variant counts."""
 
 import importlib
+import os
 import pathlib
+import re
+import subprocess
 import sys
 import time
 
@@ -145,3 +148,18 @@ def test_the_forms_of_the_divergence_can_be_raced(form, benchmark):
     loss, gradient, entropy, nearest = kl.loss_and_gradient(form)(rows[:2], rows[:2], rows)
     assert np.isfinite(loss) and gradient.shape == (2, 512)
     np.testing.assert_array_equal(nearest[:, 0], [0, 1])
+
+
+@pytest.mark.slow
+def test_what_processes_hand_over_is_counted():
+    command = [sys.executable, str(BENCHMARKS / "handover.py"), "2", "4", "1"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = re.fullmatch(
+        r"(\d+) pairs/s \(\d+ to \d+\) of at most 500; (\S+) core-milliseconds a pair, (\S+) of "
+        "them the training's own\n",
+        result.stdout,
+    )
+    rate, whole, own = map(float, found.groups())
+    # What was prepared in advance comes at once: the rate of a few batches can be above the most.
+    assert rate > 0 and whole > own > 0
