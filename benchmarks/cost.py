@@ -112,7 +112,9 @@ def print_parts_of_a_pair():
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
         groups = paths.batch(looks.GROUP)
         columns = []
-        for resizer in (python_crops.cykooz_resizer, None):
+        import cykooz_resizer  # Where there is none, there is nothing to compare.
+
+        for resizer in (cykooz_resizer, None):
             python_crops.cykooz_resizer = resizer  # None: by Pillow, as under Linux on ARM.
             decoded = iter(groups.map(decode_alone, race.CORES).rebatch(row.sizes["batch"]))
             parts = (

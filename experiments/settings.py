@@ -119,7 +119,7 @@ flags.DEFINE_string(
     "data_service",
     None,
     "host:port of a tf.data service's dispatcher, whose workers then prepare the views. Gives the "
-    "exact order of the images up, and tolerates no unreadable one.",
+    "exact order of the images up.",
 )
 flags.DEFINE_integer("image_size", None, "Side of the views in pixels.")
 flags.DEFINE_string(

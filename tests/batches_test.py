@@ -36,10 +36,10 @@ def files(tmp_path):
 
 
 class NumberedImages(tfds.core.GeneratorBasedBuilder):
-    """N images of two sizes, each with its number; number 7 may be a broken file."""
+    """N images of two sizes, each with its number; some may be a broken file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    broken_file = None
+    broken_file, broken = None, ()
 
     def _info(self):
         features = {
@@ -53,13 +53,14 @@ class NumberedImages(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for i, image in enumerate(IMAGES):
-            broken = self.broken_file and i == 7
-            yield i, {"image": self.broken_file if broken else image[: 16 - i % 2], "label": i}
+            image = self.broken_file if i in self.broken else image[: 16 - i % 2]
+            yield i, {"image": image, "label": i}
 
 
-def prepare_records(directory, broken_file=None):
+def prepare_records(directory, broken_file=None, broken=(7,)):
+    own = {"broken_file": broken_file, "broken": broken if broken_file else ()}
     with tfds.core.registered.skip_registration():
-        kind = type("NumberedImages", (NumberedImages,), {"broken_file": broken_file})
+        kind = type("NumberedImages", (NumberedImages,), own)
     builder = kind(data_dir=str(directory))
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
     assert len(builder.info.splits["train"].filepaths) == 4
@@ -318,6 +319,65 @@ def test_a_broken_last_record_of_an_epoch_is_replaced_too(tmp_path, resizer):
     # With batches of 1 an epoch has no remainder: in 40 epochs number 7 is last at times.
     labels = labels_of(take(broken, N * 40, batch=1, unreadable=Unreadable(N, 0.5)))
     assert 7 not in labels
+
+
+def broken_records(folder, kept):
+    """Records that are broken but for the first `kept`."""
+    (folder / "broken.png").write_bytes(b"broken")
+    return prepare_records(folder / "tfds", str(folder / "broken.png"), range(kept, N))
+
+
+def broken_files(folder, kept):
+    """One broken file, all but `kept` times."""
+    (folder / "broken.png").write_bytes(b"broken")
+    Image.fromarray(IMAGES[0]).save(folder / "whole.png")
+    paths = [str(folder / "whole.png")] * kept + [str(folder / "broken.png")] * (N - kept)
+    return datasets.FileDataset("files", tuple(paths))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "expected"),
+    [
+        (broken_files, 0.05, "2 in a row that cannot, .*/broken.png, .*/broken.png. Repair"),
+        (broken_records, 0.99, r"4 in a row that cannot, .*-00004, record \d, .*, .*, .*. Repair"),
+        (broken_records, 0.0, r"At most 0.0%.*: \d+ of 23, for example .*-00004, record \d"),
+    ],
+)
+def test_a_place_without_a_readable_candidate_ends_the_training(tmp_path, kind, limit, expected):
+    unreadable = Unreadable(N, limit)
+    with pytest.raises(ValueError, match=expected), explaining([unreadable]):
+        take(kind(tmp_path, kept=5), 12, unreadable=unreadable)
+
+
+def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one(files):
+    """Of a million broken ones all would be, at each place."""
+    for path in files.paths:
+        with open(path, "wb") as file:
+            file.write(b"broken")
+    unreadable, context = Unreadable(N, 0.1), tf.distribute.InputContext(2, 0, 2)
+    take(files, 1, batch=2, unreadable=unreadable, input_context=context)
+    order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([1, 0]), N - 1).numpy()
+    assert unreadable.met_before(1) == [files.paths[i] for i in order[:3]]
+
+
+@pytest.mark.parametrize("kind", [broken_files, broken_records])
+def test_of_several_workers_none_ends_alone(tmp_path, kind):
+    """They count together: `CountUnreadable` asks each for what it has met up to a step."""
+    unreadable, context = Unreadable(N, 0.0), tf.distribute.InputContext(2, 0, 2)
+    take(kind(tmp_path, kept=5), 12, unreadable=unreadable, input_context=context)
+    assert unreadable.met_before(12 * 4)
+
+
+@pytest.mark.parametrize("kind", ["files", "records"])
+def test_an_image_of_too_many_pixels_is_not_seen(kind, files, tmp_path):
+    Image.new("RGB", (30, 30)).save(files.paths[7])
+    dataset = prepare_records(tmp_path / "tfds", files.paths[7]) if kind == "records" else files
+    counters = [Unreadable(N, 0.1, max_pixels=16 * 20) for _ in range(2)]
+    trained_on = labels_of(take(dataset, 30, unreadable=counters[0]))
+    evaluated = batching.evaluation_batches(dataset, SIZE, 4, counters[1])
+    evaluated = np.concatenate([labels for _, labels in evaluated])
+    assert 7 not in trained_on and sorted({*range(N)} - {*evaluated}) == [7]
+    assert [len(counter.names) for counter in counters] == [1, 1]
 
 
 def test_the_order_of_records_does_not_depend_on_the_global_seed(records):

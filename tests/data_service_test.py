@@ -152,16 +152,51 @@ def test_an_unreadable_image_is_replaced_and_counted(service, tmp_path, kind, re
     assert unreadable.met_before(1) == [name]  # From the first step on.
 
 
-def test_more_unreadable_images_than_allowed_end_the_training(service, tmp_path):
-    dataset, unreadable = files(tmp_path, broken=5), Unreadable(N, 0.04)
+@pytest.mark.parametrize(
+    ("kind", "name"), [(files, r"\S+/05.png"), (records, r"\S+/shard1, record 2")]
+)
+@pytest.mark.parametrize("limit", [0.0, 0.04])
+def test_more_unreadable_images_than_allowed_end_the_training(service, tmp_path, kind, name, limit):
+    dataset, unreadable = kind(tmp_path, broken=5), Unreadable(N, limit)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     batches = strategy.distribute_datasets_from_function(
         lambda _: batches_of(dataset, service, unreadable=unreadable)
     )
-    with pytest.raises(ValueError, match="At most 4.0%.*: 1 of 23, for example .*/05.png. Repair"):
+    message = f"At most {limit:.1%} .*: 1 of 23, for example {name}. Repair"
+    with pytest.raises(ValueError, match=message):
         with explaining([unreadable]):
             for _, _ in zip(range(60), batches, strict=False):
                 pass
+
+
+def test_of_several_trainers_none_ends_alone(service, tmp_path):
+    """They count together: `CountUnreadable` asks each for what it has met up to a step."""
+    unreadable, context = Unreadable(N, 0.0), tf.distribute.InputContext(2, 0, 2)
+    dataset = files(tmp_path, broken=5)
+    take(dataset, 60, service, unreadable=unreadable, input_context=context)
+    assert unreadable.met_before(1) == [dataset.paths[5]]
+
+
+def test_workers_that_do_not_find_the_images_say_so(service, tmp_path):
+    paths = tuple(str(tmp_path / "elsewhere" / f"{i}.png") for i in range(N))
+    dataset = datasets.FileDataset("files", paths)
+    message = "workers must find the images .*Received: on .* no folder .*/elsewhere. Start them"
+    with pytest.raises(OSError, match=message), explaining([]):
+        take(dataset, 1, service, unreadable=Unreadable(N, 0.5))
+
+
+def test_paths_mean_the_trainers_folder(service, tmp_path, monkeypatch):
+    png_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    dataset = datasets.FileDataset("files", tuple(f"{i:02d}.png" for i in range(N)))
+    assert take(dataset, 1, service, unreadable=Unreadable(N, 0.0))
+
+
+def test_a_worker_of_another_version_is_refused(service, tmp_path, monkeypatch):
+    monkeypatch.setattr(service_module, "ARGUMENTS", ("sources", "names"))
+    with pytest.raises(OSError, match="must have the trainer's version of isd_tf. Received"):
+        with explaining([]):
+            take(files(tmp_path), 1, service)
 
 
 BARE_WORKER = """

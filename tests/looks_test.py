@@ -62,7 +62,7 @@ def see(images, unreadable, dataset=None, attempts=None):
             LOOK, numbers + 5, candidates, dataset, attempts_of_each, unreadable
         )
 
-    failures, seen, labels, readable = tf.nest.map_structure(
+    failures, readable, seen, labels = tf.nest.map_structure(
         lambda x: x.numpy(), tf.data.Dataset.range(1).map(look).get_single_element()
     )
     unreadable.count(numbers.numpy() + 5, failures)
@@ -96,19 +96,6 @@ def test_a_missing_file_is_named_with_its_reason(tmp_path, caplog):
     _, labels, _ = see([paths], Unreadable(2, 0.5), FileDataset("files", paths))
     assert labels == [1]
     assert f"left out: {tmp_path / 'gone.png'} (no such file)" in caplog.text
-
-
-def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one():
-    """Whatever else was read before: the same are counted, and named, by any number of readers."""
-    for before in (0, 9):
-        opened = Unreadable(8, 0.25)
-        for number in range(before):
-            opened.add(f"before {number}", "broken", 0)
-        *_, readable = see([[b"", b"x", b"y", b"z", b"q", SCENE_PNG]], opened)
-        assert readable == [False]
-        assert {name for name in opened.names if "image" in name} == {
-            *("image 0.0", "image 0.1", "image 0.2"),
-        }
 
 
 def test_of_each_image_only_its_candidates_are_tried():

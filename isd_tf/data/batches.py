@@ -15,7 +15,7 @@ from isd_tf.data import service
 from isd_tf.data.datasets import ArrayDataset, Dataset, is_labelled, untuned
 from isd_tf.data.decoding import REPLACED, Unreadable
 from isd_tf.data.looks import GROUP, CentreCrop, RandomCrops, SizedCentreCrop, as_it_stands
-from isd_tf.data.readers import READERS, Order, counted, in_own_order, mapped
+from isd_tf.data.readers import READERS, Order, counted_in_training, in_own_order, mapped
 from isd_tf.views import augment
 
 # A batch of 256 pairs of 224x224 crops takes 77 MB, so few are kept ready.
@@ -95,12 +95,12 @@ def pretraining_batches(
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
     batches = seen.rebatch(global_batch_size // context.num_replicas_in_sync, drop_remainder=True)
 
-    # [b], [b], for each view [b, S, S, 3], [b]
-    def by_name(places, failures, cut, labels):
+    # [b], [b], [b], for each view [b, S, S, 3], [b]
+    def by_name(places, failures, readable, cut, labels):
         batch = {"label": labels} if is_labelled(dataset) else {}
         parts = zip(VIEW_NAMES[len(views)], views, cut, look.seeds(places), strict=True)
         batch |= {name: {recipe: (crop, seeds)} for name, recipe, crop, seeds in parts}
-        return places, failures, batch
+        return places, failures, readable, batch
 
     batches = batches.map(as_it_stands(by_name))
     options = tf.data.Options()
@@ -120,8 +120,9 @@ def pretraining_batches(
         )
         # They come in no order: what could not be read counts from the beginning on.
         batches = batches.map(as_it_stands(lambda places, *rest: (tf.zeros_like(places), *rest)))
-        batches = counted(batches, unreadable, others_count=context.num_input_pipelines > 1)
-    batches = batches.map(as_it_stands(lambda places, failures, batch: batch))
+        others_count = context.num_input_pipelines > 1
+        batches = counted_in_training(batches, unreadable, others_count)
+    batches = batches.map(as_it_stands(lambda *parts: parts[-1]))
     return _kept_ready(batches, PREFETCHED_BATCHES * replicas_here)
 
 
@@ -296,7 +297,8 @@ def _labelled_views(dataset, image_size, order, unreadable):
     look = RandomCrops(image_size, (recipe.area,), (order.seed,))
     seen = READERS[type(dataset)](dataset, order, look, unreadable)
 
-    def finish(places, failures, crops, labels):  # [b], [b], one of [b, S, S, 3], [b]
+    # [b], [b], [b], one of [b, S, S, 3], [b]
+    def finish(places, failures, readable, crops, labels):
         return recipe.finish(crops[0], look.seeds(places)[0]), labels
 
     # Of whole batches alone, the number of images is known before they are there.

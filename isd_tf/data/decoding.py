@@ -81,7 +81,24 @@ class Unreadable:
         for place, failure in zip(places.tolist(), failures, strict=True):
             *told, _ = failure.split(b"\0")
             for name, reason in zip(told[::2], told[1::2], strict=True):
-                self.add(os.fsdecode(name), os.fsdecode(reason), place)
+                self.add(os.fsdecode(name), reason.decode(), place)
+
+    def require_one(self, failures: np.ndarray) -> None:
+        """Raises ValueError where there are places at which all candidates have failed.
+
+        Unless too many are unreadable: the limit then ends the training, on all workers together.
+
+        Args:
+            failures: bytes, as in `count`, of such places alone.
+        """
+        if not len(failures) or self.refusal(len(self._first_places), self._first_places):
+            return
+        names = [shown(os.fsdecode(name)) for name in failures[0].split(b"\0")[:-1:2]]
+        self.verdict = (
+            "An image that cannot be read gives way to the next one that can. Received: "
+            f"{len(names)} in a row that cannot, {', '.join(names[:4])}. Repair or remove them."
+        )
+        raise ValueError(self.verdict)
 
     def add(self, name: str, reason: str, place: int) -> None:
         """Counts and logs an image that cannot be read where the order has it.
@@ -220,4 +237,5 @@ def _in_rows(array, rows, count):
 
 def _failure(name, reason):
     """One of those that `Unreadable.count` takes; no name holds a zero byte."""
-    return b"".join(os.fsencode(part).replace(b"\0", b"") + b"\0" for part in (name, str(reason)))
+    reason = str(reason).replace("\0", "").encode("utf-8", "backslashreplace")
+    return os.fsencode(name) + b"\0" + reason + b"\0"

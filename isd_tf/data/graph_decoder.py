@@ -1,8 +1,7 @@
 """Encoded images to pixels inside a TensorFlow graph, where there is no Python.
 
-For serving, for evaluations, whose features shall be those of a served model, and for random crops
-where Python has no resizer (see `looks`). What every format means is said in `pixels`; here the
-same comes of it, or an error.
+For serving, and for evaluations, whose features shall be those of a served model. What every format
+means is said in `pixels`; here the same comes of it, or an error.
 """
 
 import functools

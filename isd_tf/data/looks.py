@@ -3,8 +3,8 @@
 Two decode and crop:
 
     Python               random crops of files and records, in processes of their own
-    TensorFlow's graph   centre crops of them, and what it cannot decode, Python does; and arrays, a
-                         batch at once
+    TensorFlow's graph   centre crops of them (what it cannot decode, Python does), and all crops of
+                         arrays, a batch at once
 """
 
 import functools
@@ -96,12 +96,11 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
             sources, names and labels, each [m].
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
         attempts: how many candidates each image has; for a centre crop one.
-        unreadable: says how large an image may be, and how many are worth trying.
+        unreadable: says how large an image may be.
 
     Returns:
-        Failures, string [n], of the candidates that cannot be read; for each view uint8
-        [n, S, S, 3], zeros where all have failed; labels, int64 [n]; and bool [n], whether there is
-        anything to see.
+        Failures, string [n], of the candidates that cannot be read; bool [n], whether one can be;
+        for each view uint8 [n, S, S, 3], zeros where none can; and labels, int64 [n].
     """
     if isinstance(look, RandomCrops):
         are_paths = isinstance(dataset, FileDataset)
@@ -115,7 +114,7 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
     nothing = tf.data.Dataset.from_tensors(look.nothing)
     readable = at_once.ignore_errors().concatenate(nothing).take(1)
     failures, seen = unless_missed(look, readable.get_single_element(), each)
-    return failures, seen, labels, failures == ""
+    return failures, failures == "", seen, labels
 
 
 def _crop_first_readable(look, places, candidates, are_paths, attempts, unreadable):
@@ -131,26 +130,23 @@ def _crop_first_readable(look, places, candidates, are_paths, attempts, unreadab
         sources, names, labels = candidates(images, number)
         outputs = call([sources, names, are_paths, wanted, *how], types)
         *seen, failures = map(tf.ensure_shape, outputs, [*[of_view] * views, of_each])
-        return failures, tuple(seen), labels, wanted & (failures == "")
+        return failures, wanted & (failures == ""), tuple(seen), labels
 
-    def attempt_again(number, failures, seen, labels, readable):
-        more_failures, *newest, found = attempt(number, ~readable)
+    def attempt_again(number, failures, readable, seen, labels):
+        more_failures, found, *newest = attempt(number, ~readable)
 
         def newest_of(new, old):
             return tf.where(tf.reshape(found, [-1, *[1] * (old.shape.rank - 1)]), new, old)
 
         seen, labels = tf.nest.map_structure(newest_of, tuple(newest), (seen, labels))
-        return number + 1, failures + more_failures, seen, labels, readable | found
+        return number + 1, failures + more_failures, readable | found, seen, labels
 
     first = attempt(tf.constant(0, tf.int64), tf.ones_like(places, tf.bool))
-    # With one more than may be unreadable the limit ends the reading. Of a million broken ones all
-    # would be tried, at each place.
-    attempts = min(attempts, int(unreadable.tolerated) + 1)
     _, *result = tf.while_loop(
-        lambda number, *found: ~tf.reduce_all(found[-1]) & (number < attempts),
+        lambda number, failures, readable, *_: ~tf.reduce_all(readable) & (number < attempts),
         attempt_again,
         (tf.constant(1, tf.int64), *first),
-        shape_invariants=(tf.TensorShape([]), of_each, (of_view,) * views, of_each, of_each),
+        shape_invariants=(tf.TensorShape([]), of_each, of_each, (of_view,) * views, of_each),
     )
     return result
 

@@ -56,13 +56,17 @@ def in_own_order(dataset, look, unreadable, batch_size):
         firsts = tf.data.Dataset.range(0, len(dataset), batch_size)
         return mapped(firsts, look_at_batch)
 
-    def leave_out(numbers, failures, seen, labels, readable):
+    def count(numbers, failures, readable):
+        unreadable.count(numbers, failures)
+        unreadable.check(int(numbers[-1]) + 1)
+
+    def leave_out(numbers, failures, readable, seen, labels):
         return tf.nest.map_structure(
             lambda values: tf.boolean_mask(values, readable), (numbers, seen, labels)
         )
 
     in_groups = _file_groups if isinstance(dataset, FileDataset) else _record_groups
-    return mapped(counted(in_groups(dataset, look, unreadable), unreadable), leave_out)
+    return mapped(_counted(in_groups(dataset, look, unreadable), count), leave_out)
 
 
 def _record_groups(dataset, look, unreadable):
@@ -123,7 +127,7 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     def look_at_missed(group, seen_at_once):
         numbers, labels, _, each = ways_of_group(group)
         failures, seen = unless_missed(look, seen_at_once, each)
-        return numbers, failures, seen, labels, failures == ""
+        return numbers, failures, failures == "", seen, labels
 
     def count(expected, found):
         group, _ = found
@@ -138,14 +142,15 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     if not graph_formats(dataset.paths):
         of_graph = of_graph.take(0)
     end = tf.data.Dataset.from_tensors((tf.constant(groups, tf.int64), nothing))
-    counted = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(count))
-    all_groups = counted.flat_map(as_it_stands(with_missed_before)).take(groups)
+    in_turn = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(count))
+    all_groups = in_turn.flat_map(as_it_stands(with_missed_before)).take(groups)
     return mapped(all_groups, look_at_missed)
 
 
 # ---------------------------------------------------------------- images in the order of training
-# Each reader returns an endless dataset of (places [n], failures [n], for each view [n, S, S, 3],
-# labels [n]), this worker's.
+# Each reader returns an endless dataset of what `look_at_images` says, this worker's: (places [n],
+# failures [n], readable [n], for each view [n, S, S, 3], labels [n]). What failed is counted then,
+# but for a data service.
 
 
 class Order(NamedTuple):
@@ -219,7 +224,8 @@ def _array_batches(dataset, order, look, unreadable):
         places = order.places(step)
         rows = order.images_at(places)
         seen = look(tf.gather(all_images, rows), places)
-        return places, tf.fill([tf.size(places)], ""), seen, tf.gather(all_labels, rows)
+        failures, readable = tf.fill([tf.size(places)], ""), tf.ones_like(places, tf.bool)
+        return places, failures, readable, seen, tf.gather(all_labels, rows)
 
     if look.in_service:
         return order.steps.map(as_it_stands(look_at_batch), tf.data.AUTOTUNE)
@@ -227,7 +233,13 @@ def _array_batches(dataset, order, look, unreadable):
 
 
 def _file_images(dataset, order, look, unreadable):
-    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
+    paths = _paths(dataset)
+    if look.in_service:  # Its workers may have been started in other folders.
+        paths = list(map(os.path.abspath, paths))
+    paths, labels = tf.constant(paths), tf.constant(_labels(dataset))
+    # With one more than may be unreadable the limit ends the training. Of a million broken ones all
+    # would be tried, at each place.
+    attempts = min(len(dataset), int(unreadable.tolerated) + 1)
 
     def places_of(step):
         return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(GROUP)
@@ -238,13 +250,10 @@ def _file_images(dataset, order, look, unreadable):
             rows = order.images_at(tf.gather(places, which), attempt)
             return tf.gather(paths, rows), tf.gather(paths, rows), tf.gather(labels, rows)
 
-        count = len(dataset)
-        return places, *look_at_images(look, places, candidates, dataset, count, unreadable)
+        return places, *look_at_images(look, places, candidates, dataset, attempts, unreadable)
 
     groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls_at_a_time(look))
-    # Where none can be read, the limit ends the training.
-    groups = _in_training(groups, order, look, unreadable)
-    return groups.map(as_it_stands(lambda *group: group[:-1]))
+    return _counted_here(groups, order, look, unreadable)
 
 
 def _record_images(dataset, order, look, unreadable):
@@ -289,22 +298,17 @@ def _record_images(dataset, order, look, unreadable):
             look, places, candidates, dataset, STREAM_CANDIDATES, unreadable
         )
 
-    def require_readable(places, failures, seen, labels, readable):
-        message = f"{STREAM_CANDIDATES} records of {dataset.name} in a row cannot be read."
-        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(readable), [message])]):
-            return places, failures, seen, tf.identity(labels)
-
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
     groups = windows.batch(GROUP).map(as_it_stands(look_at_group), calls_at_a_time(look))
-    return _in_training(groups, order, look, unreadable).map(as_it_stands(require_readable))
+    return _counted_here(groups, order, look, unreadable)
 
 
-def _in_training(groups, order, look, unreadable):
-    """Counts what could not be read. Of a data service the trainer does, of what it gets."""
+def _counted_here(groups, order, look, unreadable):
+    """Of a data service the trainer counts, of what it gets."""
     if look.in_service:
         return groups
-    return counted(groups, unreadable, others_count=order.workers > 1)
+    return counted_in_training(groups, unreadable, others_count=order.workers > 1)
 
 
 READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDataset: _record_images}
@@ -313,27 +317,38 @@ READERS = {ArrayDataset: _array_batches, FileDataset: _file_images, RecordDatase
 # ------------------------------------------------------------------------- what both orders need
 
 
-def counted(dataset, unreadable, others_count=False):
-    """Counts the failures of elements (places [n], failures [n], ...), one after the other.
+def counted_in_training(dataset, unreadable, others_count):
+    """Counts what failed in elements (places [n], failures [n], readable [n], ...).
 
-    The reading ends at the first element up to which too many images could not be read, unless
-    others count: several workers together. (By Python, which is slow, and waited for where an
-    iterator is given up: only where one could not be read.)
+    Ends the reading at the first element up to which too many images could not be read, unless
+    others count: several workers together. And at a place whose candidates have all failed.
     """
 
-    def count(places, failures):
+    def count(places, failures, readable):
         unreadable.count(places, failures)
         if not others_count:
             unreadable.check(int(places[-1]) + 1)
-        return places
+        unreadable.require_one(failures[~readable])
 
-    def in_order(places, failures, *rest):
-        all_read = tf.reduce_all(failures == "")
-        known = tf.cond(
-            all_read, lambda: places, lambda: call_python(count, [places, failures], tf.int64)
-        )
+    return _counted(dataset, count)
+
+
+def _counted(dataset, count):
+    """Shows elements in which something failed to `count`, one after the other.
+
+    By Python, which is slow, and waited for where an iterator is given up: only these.
+    """
+
+    def counted(*known):
+        count(*known)
+        return known[0]
+
+    def in_order(*element):
+        places, failures, readable, *_ = element
+        in_python = functools.partial(call_python, counted, [places, failures, readable], tf.int64)
+        known = tf.cond(tf.reduce_all(failures == ""), lambda: places, in_python)
         with tf.control_dependencies([known]):
-            return tf.nest.map_structure(tf.identity, (places, failures, *rest))
+            return tf.nest.map_structure(tf.identity, element)
 
     return dataset.map(as_it_stands(in_order))
 

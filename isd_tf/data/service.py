@@ -5,6 +5,9 @@ TensorFlow gave it in its own process. So the worker's program offers one, `offe
 makes any other, and the trainer's graph calls whatever has the first name: `crops_in_service`.
 """
 
+import inspect
+import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,12 +16,15 @@ import grpc  # TensorFlow depends on it.
 import tensorflow as tf
 
 from isd_tf.data.decoding import WORKERS_MUST, crop_images
+from isd_tf.data.folders import shown
 from isd_tf.views import python_crops
 
 # How long to wait for a service's first worker; TensorFlow would wait forever, in silence.
 SECONDS = 60
 # TensorFlow's name of a process's first Python function.
 FIRST = "pyfunc_0"
+# What this version of isd_tf sends.
+ARGUMENTS = tuple(inspect.signature(crop_images).parameters)
 
 
 class DataService(NamedTuple):
@@ -65,7 +71,7 @@ def require_workers(address: str) -> None:
 
 def crops_in_service(inputs: Sequence[tf.Tensor], types: Sequence[tf.DType]) -> list[tf.Tensor]:
     """Calls `decoding.crop_images` in Python, wherever the service's worker is."""
-    return tf.raw_ops.PyFuncStateless(input=inputs, token=FIRST, Tout=types)
+    return tf.raw_ops.PyFuncStateless(input=[ARGUMENTS, *inputs], token=FIRST, Tout=types)
 
 
 def offer_crops() -> tf.Graph:
@@ -82,11 +88,26 @@ def offer_crops() -> tf.Graph:
     return graph
 
 
-def _crops(*arguments):
-    *_, resizer, _ = arguments
-    if resizer == b"cykooz_resizer" and not python_crops.cykooz_resizer:
+def _crops(names, *values):
+    if tuple(name.decode() for name in names) != ARGUMENTS:
+        raise RuntimeError(
+            f"{WORKERS_MUST} have the trainer's version of isd_tf. Received: one with another. "
+            "Start others."
+        )
+    arguments = dict(zip(ARGUMENTS, values, strict=True))
+    if arguments["resizer"] == b"cykooz_resizer" and not python_crops.cykooz_resizer:
         raise RuntimeError(
             f"{WORKERS_MUST} have cykooz_resizer, as the trainer has. Received: one without. There "
             "is no wheel for Linux on ARM: start others."
         )
-    return crop_images(*arguments)
+    *crops, failures = crop_images(**arguments)
+    if arguments["are_paths"]:
+        for path in arguments["sources"][failures != b""]:
+            folder = os.path.dirname(path)
+            if not os.path.isdir(folder):
+                raise RuntimeError(
+                    f"{WORKERS_MUST} find the images under the trainer's paths. Received: on "
+                    f"{socket.gethostname()} no folder {shown(os.fsdecode(folder))}. Start them "
+                    "where the images are."
+                )
+    return *crops, failures
