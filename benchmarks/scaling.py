@@ -147,8 +147,8 @@ class Machines(NamedTuple):
     matmul: float = 5e13  # operations a second of float32 matrix products (TF32)
 
 
-# A JPEG decoded, cropped twice to 224x224 and handed over: 0.65 and 0.92 core-milliseconds by
-# benchmarks/cost.py pair; docs/performance.md, section 2.
+# A JPEG decoded, cropped twice to 224x224 and handed over: 0.65 and 0.92 core-milliseconds by a run
+# of benchmarks/cost.py pair; docs/performance.md, section 2.
 PAIRS_PER_CORE = 1000 / (0.65 + 0.92)
 VIEW_PASSES = 20  # over float32 views on the device, about: docs/performance.md, section 4
 IMAGES = 1_281_167  # of ImageNet's train split

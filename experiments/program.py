@@ -28,7 +28,10 @@ def begin(read_flags: Callable[[list[str]], None]) -> None:
     prepare()
     app.define_help_flags()
     with _errors_in_a_sentence():
-        read_flags(sys.argv)
+        try:
+            read_flags(sys.argv)
+        except SystemExit:  # After the help, by absl, with 1.
+            sys.exit(0)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -162,11 +162,6 @@ def test_boxes_in_python_are_the_graphs(height, width, area):
     np.testing.assert_array_equal(boxes, of_graph[:, 0])
 
 
-@pytest.fixture(params=[pytest.param("cykooz_resizer", marks=needs_cykooz), "pillow"])
-def resizer(request):
-    return request.param
-
-
 @pytest.mark.parametrize("size", [7, 48, 64])
 @pytest.mark.parametrize(
     "box", [(0, 0, 120, 150), (7, 31, 61, 47), (90, 100, 20, 25), (3, 5, 64, 64), (119, 0, 1, 150)]

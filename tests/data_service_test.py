@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image
+from numbered_images import ARRAYS, SIZE, N, numbered_files
 from small_runs import STEPS, command, small_run
 
 from isd_tf.data import batches as batching
@@ -25,24 +25,14 @@ from isd_tf.data.decoding import Unreadable, explaining
 pytestmark = pytest.mark.slow
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "data_service.py"
-N, BATCH, SIZE = 23, 4, 12
-IMAGES = np.random.default_rng(0).integers(0, 256, (N, 16, 20, 3), np.uint8)
-
-
-def arrays():
-    return datasets.ArrayDataset("arrays", IMAGES, np.arange(N))
-
-
-def png_files(folder, broken=None):
-    for i, image in enumerate(IMAGES):
-        Image.fromarray(image).save(folder / f"{i:02d}.png")
-    if broken is not None:
-        (folder / f"{broken:02d}.png").write_bytes(b"broken")
-    return [str(folder / f"{i:02d}.png") for i in range(N)]
+BATCH = 4
 
 
 def files(folder, broken=None):
-    return datasets.FileDataset("files", tuple(png_files(folder, broken)), np.arange(N))
+    dataset = numbered_files(folder)
+    if broken is not None:
+        pathlib.Path(dataset.paths[broken]).write_bytes(b"broken")
+    return dataset
 
 
 def records(folder, broken=None):
@@ -53,7 +43,7 @@ def records(folder, broken=None):
     shards = (str(folder / "shard0"), str(folder / "shard1"))
     with contextlib.ExitStack() as until_written:
         writers = [until_written.enter_context(tf.io.TFRecordWriter(shard)) for shard in shards]
-        for i, path in enumerate(png_files(folder, broken)):
+        for i, path in enumerate(files(folder, broken).paths):
             writers[i % 2].write(features.serialize_example({"image": path, "label": i}))
     return datasets.RecordDataset("records", shards, (0, 0), (12, 11), features, "image", "label")
 
@@ -110,7 +100,7 @@ def fingerprint(batch):
 
 @pytest.mark.parametrize("kind", ["arrays", "files", "records"])
 def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_path, kind, resizer):
-    dataset = {"arrays": lambda _: arrays(), "files": files, "records": records}[kind](tmp_path)
+    dataset = {"arrays": lambda _: ARRAYS, "files": files, "records": records}[kind](tmp_path)
     settings = dict(first_step=3, views=("weak", "strong"))
     batches = take(dataset, 150, service, **settings)
     for view, recipe in (("teacher_view", "weak"), ("student_view", "strong")):
@@ -126,13 +116,13 @@ def test_two_workers_make_each_batch_of_the_local_pipeline_once(service, tmp_pat
 
 def test_two_trainers_share_the_batches_of_one_job(service):
     trainers = [
-        iter(batches_of(arrays(), service, input_context=tf.distribute.InputContext(2, trainer, 2)))
+        iter(batches_of(ARRAYS, service, input_context=tf.distribute.InputContext(2, trainer, 2)))
         for trainer in range(2)
     ]
     # With a replica in each, an element is half of a global batch.
     local = {
         fingerprint(tf.nest.map_structure(lambda x, at=first: x[at : at + 2], batch)): (i, first)
-        for i, batch in enumerate(take(arrays(), 120))
+        for i, batch in enumerate(take(ARRAYS, 120))
         for first in (0, 2)
     }
     seen = [local[fingerprint(next(trainer))] for _ in range(30) for trainer in trainers]
@@ -186,7 +176,7 @@ def test_workers_that_do_not_find_the_images_say_so(service, tmp_path):
 
 
 def test_paths_mean_the_trainers_folder(service, tmp_path, monkeypatch):
-    png_files(tmp_path)
+    files(tmp_path)
     monkeypatch.chdir(tmp_path)
     dataset = datasets.FileDataset("files", tuple(f"{i:02d}.png" for i in range(N)))
     assert take(dataset, 1, service, unreadable=Unreadable(N, 0.0))
@@ -277,12 +267,12 @@ def test_a_run_without_a_dispatcher_says_what_to_start(photos, tmp_path):
 @pytest.mark.parametrize("bad", ["somewhere", "somewhere:", ":5000", "grpc://somewhere"])
 def test_an_address_without_host_or_port_is_refused(bad):
     with pytest.raises(ValueError, match=f"dispatcher's, host:port.*Received: .*{bad}"):
-        batches_of(arrays(), service_module.DataService(bad, "job"))
+        batches_of(ARRAYS, service_module.DataService(bad, "job"))
 
 
 def test_an_unknown_host_is_refused():
     with pytest.raises(OSError, match="must answer at --data_service=nowhere.invalid:5000"):
-        batches_of(arrays(), service_module.DataService("nowhere.invalid:5000", "job"))
+        batches_of(ARRAYS, service_module.DataService("nowhere.invalid:5000", "job"))
 
 
 def test_a_service_without_workers_is_not_waited_for_forever(monkeypatch):
@@ -290,7 +280,7 @@ def test_a_service_without_workers_is_not_waited_for_forever(monkeypatch):
     dispatcher = tf.data.experimental.service.DispatchServer()
     address = dispatcher.target.partition("://")[2]
     with pytest.raises(OSError, match="must have workers. Received: none.*--role=worker"):
-        batches_of(arrays(), service_module.DataService(address, "job"))
+        batches_of(ARRAYS, service_module.DataService(address, "job"))
 
 
 @pytest.mark.parametrize(

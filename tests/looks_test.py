@@ -50,16 +50,17 @@ def see(images, unreadable, dataset=None, attempts=None):
     sources, numbers = tf.constant(images), tf.range(len(images), dtype=tf.int64)
 
     def look(_):
-        def candidates(which, attempt):
+        def candidates(attempt):
+            attempt = tf.cast(attempt, tf.int64)
             named = tf.strings.join(
-                ["image ", tf.strings.as_string(which), ".", tf.strings.as_string(attempt)]
+                ["image ", tf.strings.as_string(numbers), ".", tf.strings.as_string(attempt)]
             )
-            own = tf.gather(sources, which)[:, attempt]
-            return own, own if dataset else named, 10 * which + attempt
+            own = sources[:, attempt]
+            return own, own if dataset else named, 10 * numbers + attempt
 
         attempts_of_each = attempts or len(images[0])
         return looks.look_at_images(
-            LOOK, numbers + 5, candidates, dataset, attempts_of_each, unreadable
+            LOOK, numbers + 5, candidates, dataset, attempts_of_each, unreadable.max_pixels
         )
 
     failures, readable, seen, labels = tf.nest.map_structure(

@@ -55,8 +55,10 @@ def test_an_unreadable_file_is_replaced_by_the_next_in_order_and_shifts_nothing(
 def test_unreadable_files_are_not_tolerated_unless_allowed(files, resizer):
     with open(files.paths[0], "wb") as file:
         file.write(b"broken")
-    with pytest.raises(tf.errors.OpError):
-        take(files, 12)
+    unreadable = Unreadable(N, 0.0)
+    with pytest.raises(ValueError, match="At most 0.0%.* 1 of 23, for example .*/00.png"):
+        with explaining([unreadable]):
+            take(files, 12, unreadable=unreadable)
 
 
 @pytest.mark.parametrize("ahead", [1, 40])
@@ -146,6 +148,13 @@ def test_no_more_images_are_tried_for_a_place_than_may_be_unreadable_and_one(fil
     take(files, 1, batch=2, unreadable=unreadable, input_context=context)
     order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([1, 0]), N - 1).numpy()
     assert unreadable.met_before(1) == [files.paths[i] for i in order[:3]]
+
+
+def test_of_a_disk_that_is_gone_not_all_files_are_tried(tmp_path):
+    gone = datasets.FileDataset("files", tuple(str(tmp_path / f"{i}.png") for i in range(500)))
+    unreadable = Unreadable(500, 0.9)
+    with pytest.raises(ValueError, match="64 in a row that cannot"), explaining([unreadable]):
+        take(gone, 1, unreadable=unreadable)
 
 
 @pytest.mark.parametrize("kind", [broken_files, broken_records])

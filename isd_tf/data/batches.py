@@ -82,6 +82,7 @@ def pretraining_batches(
     order = Order(len(dataset), global_batch_size, seed, first_step)
     if data_service:
         service.require_workers(data_service.address)
+        dataset = service.with_whole_paths(dataset)
     else:
         order = order._replace(
             workers=context.num_input_pipelines, worker=context.input_pipeline_id

@@ -1,4 +1,4 @@
-"""Decoding in Python, and what happens to images that it cannot read.
+"""Decoding and cropping in Python, and what happens to images that cannot be read.
 
 In training the next candidate replaces each, so that no later batch shifts; elsewhere they are left
 out. Whoever decodes, here or in a data service, says which failed and why; `Unreadable` counts them
@@ -52,14 +52,15 @@ class Unreadable:
         self.limit = limit
         self.fate = fate
         self.max_pixels = max_pixels
-        self.verdict = ""  # What `check` has raised.
+        self.verdict = ""  # What was raised.
         self._first_places: dict[str, int] = {}
         self._lock = threading.Lock()
 
     @property
     def names(self) -> set[str]:
         """All that were met so far, those that were read ahead too."""
-        return set(self._first_places)
+        with self._lock:
+            return set(self._first_places)
 
     @property
     def readable(self) -> int:
@@ -79,9 +80,8 @@ class Unreadable:
             failures: bytes [n], those of each place one after the other; empty where all was well.
         """
         for place, failure in zip(places.tolist(), failures, strict=True):
-            *told, _ = failure.split(b"\0")
-            for name, reason in zip(told[::2], told[1::2], strict=True):
-                self.add(os.fsdecode(name), reason.decode(), place)
+            for name, reason in _told(failure):
+                self.add(name, reason, place)
 
     def require_one(self, failures: np.ndarray) -> None:
         """Raises ValueError where there are places at which all candidates have failed.
@@ -91,9 +91,10 @@ class Unreadable:
         Args:
             failures: bytes, as in `count`, of such places alone.
         """
-        if not len(failures) or self.refusal(len(self._first_places), self._first_places):
+        met = self.names
+        if not len(failures) or self.refusal(len(met), met):
             return
-        names = [shown(os.fsdecode(name)) for name in failures[0].split(b"\0")[:-1:2]]
+        names = [shown(name) for name, _ in _told(failures[0])]
         self.verdict = (
             "An image that cannot be read gives way to the next one that can. Received: "
             f"{len(names)} in a row that cannot, {', '.join(names[:4])}. Repair or remove them."
@@ -239,3 +240,10 @@ def _failure(name, reason):
     """One of those that `Unreadable.count` takes; no name holds a zero byte."""
     reason = str(reason).replace("\0", "").encode("utf-8", "backslashreplace")
     return os.fsencode(name) + b"\0" + reason + b"\0"
+
+
+def _told(failures):
+    """Names and reasons of failures, one after the other."""
+    parts = failures.split(b"\0")
+    names, reasons = map(os.fsdecode, parts[:-1:2]), (part.decode() for part in parts[1::2])
+    return zip(names, reasons, strict=True)

@@ -53,7 +53,6 @@ class CentreCrop(NamedTuple):
     """The evaluation view's crop."""
 
     size: int
-    in_service = False
 
     @property
     def nothing(self):
@@ -81,22 +80,21 @@ def cores() -> int:
     return joblib.cpu_count()
 
 
-def calls_at_a_time(look):
-    """Groups that are looked at side by side."""
+def calls_at_a_time(look: RandomCrops) -> int:
+    """Groups that are looked at side by side in a training."""
     return tf.data.AUTOTUNE if look.in_service else cores()  # Of whichever machine does it.
 
 
-def look_at_images(look, places, candidates, dataset, attempts, unreadable):
+def look_at_images(look, places, candidates, dataset, attempts, max_pixels):
     """What is seen of a few images.
 
     Args:
         look: what to see of an image.
         places: int64 [n], of the images in the order of reading.
-        candidates: which of n images (int64 [m]) and the number of an attempt (int64 scalar) to
-            sources, names and labels, each [m].
+        candidates: number of an attempt, from 0, to sources, names and labels, each [n].
         dataset: of the images. A source is a path, if it is of files, or else the file itself.
         attempts: how many candidates each image has; for a centre crop one.
-        unreadable: says how large an image may be.
+        max_pixels: an image of more, width times height, cannot be read.
 
     Returns:
         Failures, string [n], of the candidates that cannot be read; bool [n], whether one can be;
@@ -104,10 +102,10 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
     """
     if isinstance(look, RandomCrops):
         are_paths = isinstance(dataset, FileDataset)
-        return _crop_first_readable(look, places, candidates, are_paths, attempts, unreadable)
+        return _crop_first_readable(look, places, candidates, are_paths, attempts, max_pixels)
     count = tf.size(places, tf.int64)
-    sources, names, labels = candidates(tf.range(count), tf.constant(0, tf.int64))
-    look_at, each = ways_to_look(look, sources, names, dataset, unreadable)
+    sources, names, labels = candidates(0)
+    look_at, each = ways_to_look(look, sources, names, dataset, max_pixels)
     # All at once, and if one fails, each in Python. A graph has no exceptions to catch; a dataset
     # of one batch, whose errors are ignored, has, but takes half as long as decoding an image.
     at_once = tf.data.Dataset.range(count).map(as_it_stands(look_at)).batch(count, True)
@@ -117,17 +115,17 @@ def look_at_images(look, places, candidates, dataset, attempts, unreadable):
     return failures, failures == "", seen, labels
 
 
-def _crop_first_readable(look, places, candidates, are_paths, attempts, unreadable):
+def _crop_first_readable(look, places, candidates, are_paths, attempts, max_pixels):
     """`look_at_images` in Python: of each image, crops of the first candidate that can be read."""
-    images, draws, views = tf.range(tf.size(places, tf.int64)), look.draws(places), len(look.areas)
-    areas, max_pixels = np.float64(look.areas), np.int64(unreadable.max_pixels)
-    how = [draws, look.size, areas, python_crops.fastest_resizer(), max_pixels]
+    areas, resizer = np.float64(look.areas), python_crops.fastest_resizer()
+    how = [look.draws(places), look.size, areas, resizer, np.int64(max_pixels)]
+    views = len(areas)
     types = [tf.uint8] * views + [tf.string]
     of_each, of_view = tf.TensorShape([None]), tf.TensorShape([None, look.size, look.size, 3])
     call = crops_in_service if look.in_service else functools.partial(call_python, crop_images)
 
     def attempt(number, wanted):
-        sources, names, labels = candidates(images, number)
+        sources, names, labels = candidates(number)
         outputs = call([sources, names, are_paths, wanted, *how], types)
         *seen, failures = map(tf.ensure_shape, outputs, [*[of_view] * views, of_each])
         return failures, wanted & (failures == ""), tuple(seen), labels
@@ -151,7 +149,7 @@ def _crop_first_readable(look, places, candidates, are_paths, attempts, unreadab
     return result
 
 
-def ways_to_look(look, sources, names, dataset, unreadable):
+def ways_to_look(look, sources, names, dataset, max_pixels):
     """Two functions that look at images by their sources.
 
     Returns:
@@ -160,7 +158,7 @@ def ways_to_look(look, sources, names, dataset, unreadable):
     """
     is_file = isinstance(dataset, FileDataset)
     formats = graph_formats(dataset.paths) if is_file else TFDS_FORMATS
-    read, max_pixels = read_file if is_file else bytes, unreadable.max_pixels
+    read = read_file if is_file else bytes
 
     def crop(image):
         return tuple(x[0] for x in look(image[tf.newaxis]))

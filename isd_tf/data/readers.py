@@ -29,8 +29,9 @@ from isd_tf.data.python_calls import call_python
 # Shards read side by side, and undecoded records among which a stream is shuffled.
 STREAM_SHARDS = 16
 STREAM_BUFFER = 8192
-# An unreadable record of a stream gives way to the readable one among so many that follow.
-STREAM_CANDIDATES = 4
+# An unreadable image gives way to the readable one among so many: of a stream, whose records are
+# kept for it, or of files, where a disk that is gone shall end a training soon.
+STREAM_CANDIDATES, FILE_CANDIDATES = 4, 64
 # Whole batches that are worked on side by side: each takes memory.
 BATCHES_AT_A_TIME = 16
 
@@ -66,46 +67,41 @@ def in_own_order(dataset, look, unreadable, batch_size):
         )
 
     in_groups = _file_groups if isinstance(dataset, FileDataset) else _record_groups
-    return mapped(_counted(in_groups(dataset, look, unreadable), count), leave_out)
+    groups = in_groups(dataset, look, unreadable.max_pixels)
+    return mapped(_with_failures_shown(groups, count), leave_out)
 
 
-def _record_groups(dataset, look, unreadable):
+def _record_groups(dataset, look, max_pixels):
     sources = mapped(dataset.records, functools.partial(_source_of_record, dataset))
 
     def look_at_group(numbers, group):  # [n], three of [n]
-        def candidates(which, attempt):
-            return [tf.gather(part, which) for part in group]
+        return numbers, *look_at_images(look, numbers, lambda _: group, dataset, 1, max_pixels)
 
-        return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
-
-    groups = sources.enumerate().batch(GROUP)
-    return groups.map(as_it_stands(look_at_group), calls_at_a_time(look))
+    return sources.enumerate().batch(GROUP).map(as_it_stands(look_at_group), cores())
 
 
-def _file_groups(dataset, look, unreadable):
+def _file_groups(dataset, look, max_pixels):
     paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
     groups = -(-len(dataset) // GROUP)
 
     def of_group(group):
         numbers = tf.range(GROUP * group, tf.minimum(GROUP * (group + 1), len(dataset)))
-
-        def candidates(which, attempt):
-            own = tf.gather(numbers, which)
-            return tf.gather(paths, own), tf.gather(paths, own), tf.gather(labels, own)
-
-        return numbers, candidates
+        own = tf.gather(paths, numbers)
+        return numbers, (own, own, tf.gather(labels, numbers))
 
     if isinstance(look, RandomCrops):
 
         def look_at_group(group):
-            numbers, candidates = of_group(group)
-            return numbers, *look_at_images(look, numbers, candidates, dataset, 1, unreadable)
+            numbers, sources = of_group(group)
+            return numbers, *look_at_images(
+                look, numbers, lambda _: sources, dataset, 1, max_pixels
+            )
 
-        return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), calls_at_a_time(look))
-    return _file_groups_by_graph(dataset, look, unreadable, groups, of_group)
+        return tf.data.Dataset.range(groups).map(as_it_stands(look_at_group), cores())
+    return _file_groups_by_graph(dataset, look, max_pixels, groups, of_group)
 
 
-def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
+def _file_groups_by_graph(dataset, look, max_pixels, groups, of_group):
     """The graph looks at all groups. In which one fails, that is missed, and looked at in Python.
 
     As `look_at_images` does it, but there is an outer dataset for all groups here instead of an
@@ -115,9 +111,8 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     types = tuple(x.dtype for x in nothing)
 
     def ways_of_group(group):
-        numbers, candidates = of_group(group)
-        sources, names, labels = candidates(tf.range(tf.size(numbers)), 0)
-        return numbers, labels, *ways_to_look(look, sources, names, dataset, unreadable)
+        numbers, (sources, names, labels) = of_group(group)
+        return numbers, labels, *ways_to_look(look, sources, names, dataset, max_pixels)
 
     def look_at_once(group):
         numbers, _, look_at, _ = ways_of_group(group)
@@ -129,7 +124,7 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
         failures, seen = unless_missed(look, seen_at_once, each)
         return numbers, failures, failures == "", seen, labels
 
-    def count(expected, found):
+    def with_expected(expected, found):
         group, _ = found
         return group + 1, (expected, *found)
 
@@ -142,15 +137,15 @@ def _file_groups_by_graph(dataset, look, unreadable, groups, of_group):
     if not graph_formats(dataset.paths):
         of_graph = of_graph.take(0)
     end = tf.data.Dataset.from_tensors((tf.constant(groups, tf.int64), nothing))
-    in_turn = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(count))
+    in_turn = of_graph.concatenate(end).scan(tf.constant(0, tf.int64), as_it_stands(with_expected))
     all_groups = in_turn.flat_map(as_it_stands(with_missed_before)).take(groups)
     return mapped(all_groups, look_at_missed)
 
 
 # ---------------------------------------------------------------- images in the order of training
-# Each reader returns an endless dataset of what `look_at_images` says, this worker's: (places [n],
-# failures [n], readable [n], for each view [n, S, S, 3], labels [n]). What failed is counted then,
-# but for a data service.
+# Each reader returns an endless dataset of this worker's places [n] and what `look_at_images` says
+# of them: failures [n], readable [n], for each view [n, S, S, 3], labels [n]. The failures have
+# been counted, but those of a data service: the trainer counts them in what it gets.
 
 
 class Order(NamedTuple):
@@ -233,27 +228,24 @@ def _array_batches(dataset, order, look, unreadable):
 
 
 def _file_images(dataset, order, look, unreadable):
-    paths = _paths(dataset)
-    if look.in_service:  # Its workers may have been started in other folders.
-        paths = list(map(os.path.abspath, paths))
-    paths, labels = tf.constant(paths), tf.constant(_labels(dataset))
-    # With one more than may be unreadable the limit ends the training. Of a million broken ones all
-    # would be tried, at each place.
-    attempts = min(len(dataset), int(unreadable.tolerated) + 1)
+    paths, labels = tf.constant(_paths(dataset)), tf.constant(_labels(dataset))
+    # With one more than may be unreadable the limit ends the training.
+    attempts = min(len(dataset), int(unreadable.tolerated) + 1, FILE_CANDIDATES)
 
     def places_of(step):
         return tf.data.Dataset.from_tensor_slices(order.places(step)).batch(GROUP)
 
     def look_at_group(places):  # [n]
-        def candidates(which, attempt):
+        def candidates(attempt):
             # What cannot be read gives way to the next image in the epoch's order.
-            rows = order.images_at(tf.gather(places, which), attempt)
+            rows = order.images_at(places, attempt)
             return tf.gather(paths, rows), tf.gather(paths, rows), tf.gather(labels, rows)
 
-        return places, *look_at_images(look, places, candidates, dataset, attempts, unreadable)
+        max_pixels = unreadable.max_pixels
+        return places, *look_at_images(look, places, candidates, dataset, attempts, max_pixels)
 
     groups = order.steps.flat_map(places_of).map(as_it_stands(look_at_group), calls_at_a_time(look))
-    return _counted_here(groups, order, look, unreadable)
+    return _counted_unless_in_service(groups, order, look, unreadable)
 
 
 def _record_images(dataset, order, look, unreadable):
@@ -287,25 +279,24 @@ def _record_images(dataset, order, look, unreadable):
         return images.skip(skipped * tf.cast(epoch == first_epoch, tf.int64))
 
     def look_at_group(places, group):  # [n], three of [n, STREAM_CANDIDATES]
-        def candidates(which, attempt):
+        def candidates(attempt):
             return tf.map_fn(
                 lambda record: _source_of_record(dataset, *record),
-                [tf.gather(part, which)[:, attempt] for part in group],
+                [part[:, attempt] for part in group],
                 fn_output_signature=(tf.string, tf.string, tf.int64),
             )
 
         return places, *look_at_images(
-            look, places, candidates, dataset, STREAM_CANDIDATES, unreadable
+            look, places, candidates, dataset, STREAM_CANDIDATES, unreadable.max_pixels
         )
 
     windows = order.epochs.flat_map(epoch_of_records)
     windows = windows.filter(lambda place, window: order.is_own(place))
     groups = windows.batch(GROUP).map(as_it_stands(look_at_group), calls_at_a_time(look))
-    return _counted_here(groups, order, look, unreadable)
+    return _counted_unless_in_service(groups, order, look, unreadable)
 
 
-def _counted_here(groups, order, look, unreadable):
-    """Of a data service the trainer counts, of what it gets."""
+def _counted_unless_in_service(groups, order, look, unreadable):
     if look.in_service:
         return groups
     return counted_in_training(groups, unreadable, others_count=order.workers > 1)
@@ -321,7 +312,8 @@ def counted_in_training(dataset, unreadable, others_count):
     """Counts what failed in elements (places [n], failures [n], readable [n], ...).
 
     Ends the reading at the first element up to which too many images could not be read, unless
-    others count: several workers together. And at a place whose candidates have all failed.
+    others count: several workers together. Below the limit also, on this worker, at a place whose
+    candidates have all failed.
     """
 
     def count(places, failures, readable):
@@ -330,24 +322,24 @@ def counted_in_training(dataset, unreadable, others_count):
             unreadable.check(int(places[-1]) + 1)
         unreadable.require_one(failures[~readable])
 
-    return _counted(dataset, count)
+    return _with_failures_shown(dataset, count)
 
 
-def _counted(dataset, count):
-    """Shows elements in which something failed to `count`, one after the other.
+def _with_failures_shown(dataset, count):
+    """Shows what failed, and where, to `count`, one element after the other.
 
-    By Python, which is slow, and waited for where an iterator is given up: only these.
+    By Python, which is slow, and waited for where an iterator is given up: only where it did.
     """
 
-    def counted(*known):
+    def show(*known):
         count(*known)
         return known[0]
 
     def in_order(*element):
         places, failures, readable, *_ = element
-        in_python = functools.partial(call_python, counted, [places, failures, readable], tf.int64)
-        known = tf.cond(tf.reduce_all(failures == ""), lambda: places, in_python)
-        with tf.control_dependencies([known]):
+        in_python = functools.partial(call_python, show, [places, failures, readable], tf.int64)
+        shown = tf.cond(tf.reduce_all(failures == ""), lambda: places, in_python)
+        with tf.control_dependencies([shown]):
             return tf.nest.map_structure(tf.identity, element)
 
     return dataset.map(as_it_stands(in_order))

@@ -5,6 +5,7 @@ TensorFlow gave it in its own process. So the worker's program offers one, `offe
 makes any other, and the trainer's graph calls whatever has the first name: `crops_in_service`.
 """
 
+import dataclasses
 import inspect
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import grpc  # TensorFlow depends on it.
 import tensorflow as tf
 
+from isd_tf.data.datasets import Dataset, FileDataset, RecordDataset
 from isd_tf.data.decoding import WORKERS_MUST, crop_images
 from isd_tf.data.folders import shown
 from isd_tf.views import python_crops
@@ -24,7 +26,7 @@ SECONDS = 60
 # TensorFlow's name of a process's first Python function.
 FIRST = "pyfunc_0"
 # What this version of isd_tf sends.
-ARGUMENTS = tuple(inspect.signature(crop_images).parameters)
+ARGUMENTS = tuple(name.encode() for name in inspect.signature(crop_images).parameters)
 
 
 class DataService(NamedTuple):
@@ -74,6 +76,16 @@ def crops_in_service(inputs: Sequence[tf.Tensor], types: Sequence[tf.DType]) -> 
     return tf.raw_ops.PyFuncStateless(input=[ARGUMENTS, *inputs], token=FIRST, Tout=types)
 
 
+def with_whole_paths(dataset: Dataset) -> Dataset:
+    """A dataset for workers that may have been started in other folders."""
+    files = {FileDataset: "paths", RecordDataset: "files"}.get(type(dataset))
+    if files is None:
+        return dataset
+    return dataclasses.replace(
+        dataset, **{files: tuple(map(os.path.abspath, getattr(dataset, files)))}
+    )
+
+
 def offer_crops() -> tf.Graph:
     """Lets `crops_in_service` find its function in this process, for as long as the result lives.
 
@@ -89,25 +101,24 @@ def offer_crops() -> tf.Graph:
 
 
 def _crops(names, *values):
-    if tuple(name.decode() for name in names) != ARGUMENTS:
+    if tuple(names) != ARGUMENTS:
         raise RuntimeError(
             f"{WORKERS_MUST} have the trainer's version of isd_tf. Received: one with another. "
             "Start others."
         )
-    arguments = dict(zip(ARGUMENTS, values, strict=True))
-    if arguments["resizer"] == b"cykooz_resizer" and not python_crops.cykooz_resizer:
+    sources, _, are_paths, *_, resizer, _ = values
+    if resizer == b"cykooz_resizer" and not python_crops.cykooz_resizer:
         raise RuntimeError(
             f"{WORKERS_MUST} have cykooz_resizer, as the trainer has. Received: one without. There "
             "is no wheel for Linux on ARM: start others."
         )
-    *crops, failures = crop_images(**arguments)
-    if arguments["are_paths"]:
-        for path in arguments["sources"][failures != b""]:
-            folder = os.path.dirname(path)
-            if not os.path.isdir(folder):
-                raise RuntimeError(
-                    f"{WORKERS_MUST} find the images under the trainer's paths. Received: on "
-                    f"{socket.gethostname()} no folder {shown(os.fsdecode(folder))}. Start them "
-                    "where the images are."
-                )
+    *crops, failures = crop_images(*values)
+    for path in sources[failures != b""] if are_paths else ():
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):
+            raise RuntimeError(
+                f"{WORKERS_MUST} find the images under the trainer's paths. Received: on "
+                f"{socket.gethostname()} no folder {shown(os.fsdecode(folder))}. Start them where "
+                "the images are."
+            )
     return *crops, failures
