@@ -1,6 +1,7 @@
 """tf.data service in processes of its own, as experiments/data_service.py starts them."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -180,6 +181,13 @@ def test_paths_mean_the_trainers_folder(service, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset = datasets.FileDataset("files", tuple(f"{i:02d}.png" for i in range(N)))
     assert take(dataset, 1, service, unreadable=Unreadable(N, 0.0))
+
+
+def test_files_of_records_mean_the_trainers_folder_or_stay_in_their_cloud(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = dataclasses.replace(records(tmp_path), files=("shard0", "gs://bucket/shard1"))
+    whole = service_module.with_whole_paths(dataset).files
+    assert whole == (str(tmp_path / "shard0"), "gs://bucket/shard1")
 
 
 def test_a_worker_of_another_version_is_refused(service, tmp_path, monkeypatch):

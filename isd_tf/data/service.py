@@ -78,12 +78,13 @@ def crops_in_service(inputs: Sequence[tf.Tensor], types: Sequence[tf.DType]) -> 
 
 def with_whole_paths(dataset: Dataset) -> Dataset:
     """A dataset for workers that may have been started in other folders."""
-    files = {FileDataset: "paths", RecordDataset: "files"}.get(type(dataset))
-    if files is None:
-        return dataset
-    return dataclasses.replace(
-        dataset, **{files: tuple(map(os.path.abspath, getattr(dataset, files)))}
-    )
+    match dataset:
+        case FileDataset():
+            return dataclasses.replace(dataset, paths=tuple(map(os.path.abspath, dataset.paths)))
+        case RecordDataset():  # TFDS can have them in a cloud.
+            files = (file if "://" in file else os.path.abspath(file) for file in dataset.files)
+            return dataclasses.replace(dataset, files=tuple(files))
+    return dataset
 
 
 def offer_crops() -> tf.Graph:
