@@ -105,6 +105,8 @@ def decode_alone(paths):
 
 
 def print_parts_of_a_pair():
+    import cykooz_resizer  # Where there is none, there is nothing to compare.
+
     row = against_pytorch.ROWS["views_224"]
     with tempfile.TemporaryDirectory() as folder:
         against_pytorch.write_data(folder, row)
@@ -112,8 +114,6 @@ def print_parts_of_a_pair():
         paths = tf.data.Dataset.from_tensor_slices(list(dataset.paths)).repeat()
         groups = paths.batch(looks.GROUP)
         columns = []
-        import cykooz_resizer  # Where there is none, there is nothing to compare.
-
         for resizer in (cykooz_resizer, None):
             python_crops.cykooz_resizer = resizer  # None: by Pillow, as under Linux on ARM.
             decoded = iter(groups.map(decode_alone, race.CORES).rebatch(row.sizes["batch"]))

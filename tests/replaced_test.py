@@ -27,11 +27,6 @@ def files(tmp_path):
     return numbered_files(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    return prepare_records(tmp_path_factory.mktemp("tfds"))
-
-
 def test_an_unreadable_file_is_replaced_by_the_next_in_order_and_shifts_nothing(files, resizer):
     whole = take(files, 10)
     order = tf.random.experimental.index_shuffle(np.arange(N), np.int64([1, 0]), N - 1).numpy()
@@ -86,7 +81,8 @@ def test_the_limit_ends_the_training_at_the_same_batch_however_far_is_read_ahead
     assert taken == 16
 
 
-def test_an_unreadable_record_is_replaced_by_the_next(records, tmp_path, resizer):
+def test_an_unreadable_record_is_replaced_by_the_next(tmp_path, resizer):
+    records = prepare_records(tmp_path / "whole")
     (tmp_path / "broken.png").write_bytes(b"broken")
     broken = prepare_records(tmp_path / "tfds", str(tmp_path / "broken.png"))
     unreadable = Unreadable(N, 0.5)

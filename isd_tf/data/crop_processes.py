@@ -102,7 +102,8 @@ def look_at_in_process(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
         RuntimeError: as `look_at` does.
     """
     if group.are_paths:  # The process may have been started elsewhere.
-        group = group._replace(sources=list(map(_whole_path, group.sources)))
+        here = os.getcwdb()
+        group = group._replace(sources=[os.path.join(here, path) for path in group.sources])
     with _turns():
         process = _free_process()
         try:
@@ -114,10 +115,6 @@ def look_at_in_process(group: Group) -> tuple[list[np.ndarray], dict[int, str]]:
     if isinstance(answer, Exception):
         raise answer
     return answer
-
-
-def _whole_path(path):
-    return path if os.path.isabs(path) else os.path.join(os.getcwdb(), path)
 
 
 def _turns():

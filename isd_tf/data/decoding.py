@@ -97,7 +97,8 @@ class Unreadable:
         names = [shown(name) for name, _ in _told(failures[0])]
         self.verdict = (
             "An image that cannot be read gives way to the next one that can. Received: "
-            f"{len(names)} in a row that cannot, {', '.join(names[:4])}. Repair or remove them."
+            f"{len(names)} in a row that cannot, {', '.join(names[:4])}. Repair or remove them, or "
+            "see that their disk is there."
         )
         raise ValueError(self.verdict)
 

@@ -78,11 +78,13 @@ def crops_in_service(inputs: Sequence[tf.Tensor], types: Sequence[tf.DType]) -> 
 
 def with_whole_paths(dataset: Dataset) -> Dataset:
     """A dataset for workers that may have been started in other folders."""
+    here = os.getcwd()
     match dataset:
         case FileDataset():
-            return dataclasses.replace(dataset, paths=tuple(map(os.path.abspath, dataset.paths)))
+            paths = tuple(os.path.join(here, path) for path in dataset.paths)
+            return dataclasses.replace(dataset, paths=paths)
         case RecordDataset():  # TFDS can have them in a cloud.
-            files = (file if "://" in file else os.path.abspath(file) for file in dataset.files)
+            files = (x if "://" in x else os.path.join(here, x) for x in dataset.files)
             return dataclasses.replace(dataset, files=tuple(files))
     return dataset
 
