@@ -1,5 +1,7 @@
+import graphlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ import skimage.data
 import small_collections
 import tensorflow as tf
 from PIL import ExifTags, Image
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 import isd_tf
@@ -249,6 +252,32 @@ def test_warm_up_requests_are_answered_and_name_every_signature(model, saved_mod
         assert len(outputs["features"]) == 1 and np.all(outputs.get("valid", True))
         signatures.append(request.model_spec.signature_name)
     assert signatures == ["serving_default", "serving_bytes", "serving_bytes_strict", "encode"]
+
+
+def test_what_runs_functions_runs_one_after_another(saved_model):
+    """Else a broken image may end as cancelled: a request so fails, and an evaluation ends."""
+    content = (pathlib.Path(saved_model) / "saved_model.pb").read_bytes()
+    (graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
+    looked_at = 0
+    for function in graph.graph_def.library.function:
+        inputs = {
+            node.name: {name.lstrip("^").split(":")[0] for name in node.input}
+            for node in function.node_def
+        }
+        runners = {
+            node.name
+            for node in function.node_def
+            if any(value.HasField("func") for value in node.attr.values())
+        }
+        before, in_turn = {}, []
+        for name in graphlib.TopologicalSorter(inputs).static_order():
+            parents = inputs.get(name, ())
+            before[name] = set(parents).union(*(before[parent] for parent in parents))
+            in_turn += [name] * (name in runners)
+        for first, second in itertools.pairwise(in_turn):
+            assert first in before[second], (function.signature.name, first, second)
+            looked_at += 1
+    assert looked_at
 
 
 def test_the_card_tells_what_is_served(model, saved_model):

@@ -65,7 +65,10 @@ def malformed_requests():
     strict, photo = "serving_bytes_strict", Image.fromarray(skimage.data.coffee())
     cannot = "Cannot be read"
     yield strict, {"image_bytes": [b""]}, cannot
-    yield strict, {"image_bytes": [encoded(photo, "JPEG")[:5000]]}, cannot
+    for form in ("JPEG", "PNG", "WebP", "GIF", "BMP"):
+        # Cut in its data, and in its head.
+        yield strict, {"image_bytes": [encoded(photo, form)[:5000]]}, cannot
+        yield strict, {"image_bytes": [encoded(photo, form)[:25]]}, cannot
     yield strict, {"image_bytes": [encoded(Image.new("L", (4000, 4000)), "PNG")]}, cannot
     yield strict, {"image_bytes": np.zeros(3, np.uint8)}, ""
     yield strict, {"image_bytes": [[encoded(photo, "PNG")]]}, "shape"

@@ -2,6 +2,10 @@
 
 For serving, and for evaluations, whose features shall be those of a served model. What every format
 means is said in `pixels`; here the same comes of it, or an error.
+
+What runs a function in TensorFlow, a condition or a loop, waits for the one before it. If two run
+at once and one fails, TensorFlow cancels the other, and the first error to arrive is the image's:
+sometimes CANCELLED, which datasets do not ignore. A broken image would end an evaluation so.
 """
 
 import functools
@@ -90,8 +94,7 @@ def _decode(encoded, max_pixels, formats, number=0):
     """Decodes by the first kind that fits, from one of the formats' kinds on."""
     kinds = [kind for name in formats for kind in KINDS[name]]
     if number == len(kinds):
-        fail = tf.debugging.Assert(False, [f"Expected one of {', '.join(formats)}."])
-        with tf.control_dependencies([fail]):
+        with _require(False, f"Expected one of {', '.join(formats)}."):
             return tf.zeros([0, 0, 3], tf.uint8)
     is_kind, decode_kind = kinds[number]
     # `tf.cond` would become a part of the graph, of which TensorFlow passes through all that an
@@ -146,6 +149,12 @@ def _cut(encoded, at, length):
     return tf.strings.substr(encoded, at, tf.cast(length, tf.int64))
 
 
+def _replaced_if(condition, text, encoded, at, length):
+    """The text, or if the condition holds, `length` bytes from a place on."""
+    # Not by `tf.cond`, which would run a function. No bytes are copied that are not wanted.
+    return tf.where(condition, _cut(encoded, at, tf.where(condition, length, 0)), text)
+
+
 def _number(encoded, at, size, big_endian=False):
     """The unsigned number of `size` bytes, int64, that stands at a place."""
     values = tf.cast(tf.io.decode_raw(_cut(encoded, at, size), tf.uint8), tf.int64)
@@ -156,7 +165,9 @@ def _number(encoded, at, size, big_endian=False):
 
 
 def _require(condition, message, *values):
-    return tf.control_dependencies([tf.debugging.Assert(condition, [message, *values])])
+    # `tf.debugging.Assert` would run a function for numbers of 64 bits.
+    check = tf.raw_ops.Assert(condition=condition, data=[message, *values])
+    return tf.control_dependencies([check])
 
 
 def _require_size(width, height, max_pixels):
@@ -208,9 +219,7 @@ def _decode_jpeg_by_segments(encoded, max_pixels):
         marker = _number(encoded, at, 2, big_endian=True)
         with _require(marker >= 0xFF00, "Expected a marker in the JPEG's head."):
             length = _number(encoded, at + 2, 2, big_endian=True)
-        content = tf.cond(
-            marker == 0xFFE1, lambda: _cut(encoded, at + 4, length - 2), lambda: tf.constant(b"")
-        )
+        content = _cut(encoded, at + 4, tf.where(marker == 0xFFE1, length - 2, 0))
         in_exif = _cut(content, 0, 6) == b"Exif\0\0"
         exif = tf.where(in_exif, exif + _cut(content, 6, length), exif)
         xmp = tf.where(_cut(content, 0, len(XMP_BEGIN)) == XMP_BEGIN, content, xmp)
@@ -236,8 +245,10 @@ def _decode_jpeg_by_segments(encoded, max_pixels):
         segment,
         (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
     )
-    image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
-    return _upright(image, _orientation_of(exif, xmp))
+    orientation = _orientation_of(exif, xmp)
+    with tf.control_dependencies([orientation]):
+        image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
+    return _upright(image, orientation)
 
 
 def _decode_png(encoded, max_pixels):
@@ -247,15 +258,14 @@ def _decode_png(encoded, max_pixels):
     def chunk(at, exif, xmp, alpha):
         length = _number(encoded, at, 4, big_endian=True)
         kind = _cut(encoded, at + 4, 4)
-        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
-        exif = tf.cond(kind == b"eXIf", content, lambda: exif)
+        exif = _replaced_if(kind == b"eXIf", exif, encoded, at + 8, length)
         keyword = _cut(encoded, at + 8, 22)
         profile = (kind == b"zTXt") | (kind == b"tEXt") | (kind == b"iTXt")
         profile &= keyword == b"Raw profile type exif\0"
         is_xmp = (kind == b"iTXt") & (_cut(keyword, 0, 18) == b"XML:com.adobe.xmp\0")
         compressed = is_xmp & (_cut(keyword, 18, 1) != b"\0")
         with _require(~(profile | compressed), "Cannot read orientation from compressed text."):
-            xmp = tf.cond(is_xmp, content, lambda: xmp)
+            xmp = _replaced_if(is_xmp, xmp, encoded, at + 8, length)
         at = tf.where(kind == b"IEND", -at, at + length + 12)
         return at, exif, xmp, alpha | (kind == b"tRNS")
 
@@ -264,14 +274,15 @@ def _decode_png(encoded, max_pixels):
         chunk,
         (tf.constant(8, tf.int64), tf.constant(b""), tf.constant(b""), colour >= 4),
     )
-    with _require_size(width, height, max_pixels):
+    orientation = _orientation_of(exif, xmp)
+    with tf.control_dependencies([orientation]), _require_size(width, height, max_pixels):
         # Where a palette of few bits has no alpha, TensorFlow 2.21 would make up a wrong one.
         image = tf.cond(
             alpha,
             lambda: _on_white(tf.io.decode_png(encoded, channels=4)),
             lambda: tf.io.decode_png(encoded, channels=3),
         )
-    return _upright(image, _orientation_of(exif, xmp))
+    return _upright(image, orientation)
 
 
 def _decode_webp(encoded, max_pixels):
@@ -292,29 +303,31 @@ def _decode_webp(encoded, max_pixels):
         kind == b"VP8X", extended, lambda: tf.cond(kind == b"VP8L", lossless, lossy)
     )
 
-    def with_channels(channels):
-        # Never 0, the file's own: TensorFlow 2.21 then writes beyond its buffer where it moves.
-        image = tf.io.decode_image(encoded, channels, expand_animations=False)
-        return tf.ensure_shape(image, [None, None, channels])
-
-    with _require_size(width, height, max_pixels):
-        image = tf.cond(alpha == 1, lambda: _on_white(with_channels(4)), lambda: with_channels(3))
     end = tf.cast(tf.strings.length(encoded), tf.int64) - 8
 
     def chunk(at, exif, xmp):
         kind = _cut(encoded, at, 4)
         length = _number(encoded, at + 4, 4)
-        content = lambda: _cut(encoded, at + 8, length)  # noqa: E731
-        exif = tf.cond(kind == b"EXIF", content, lambda: exif)
-        xmp = tf.cond(kind == b"XMP ", content, lambda: xmp)
+        exif = _replaced_if(kind == b"EXIF", exif, encoded, at + 8, length)
+        xmp = _replaced_if(kind == b"XMP ", xmp, encoded, at + 8, length)
         return at + 8 + length + length % 2, exif, xmp
 
-    _, exif, xmp = tf.while_loop(
-        lambda at, *rest: at <= end,
-        chunk,
-        (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
-    )
-    return _upright(image, _orientation_of(exif, xmp))
+    with tf.control_dependencies([alpha]):
+        _, exif, xmp = tf.while_loop(
+            lambda at, *rest: at <= end,
+            chunk,
+            (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
+        )
+    orientation = _orientation_of(exif, xmp)
+
+    def with_channels(channels):
+        # Never 0, the file's own: TensorFlow 2.21 then writes beyond its buffer where it moves.
+        image = tf.io.decode_image(encoded, channels, expand_animations=False)
+        return tf.ensure_shape(image, [None, None, channels])
+
+    with tf.control_dependencies([orientation]), _require_size(width, height, max_pixels):
+        image = tf.cond(alpha == 1, lambda: _on_white(with_channels(4)), lambda: with_channels(3))
+    return _upright(image, orientation)
 
 
 def _decode_gif(encoded, max_pixels):
@@ -348,24 +361,22 @@ def _decode_gif(encoded, max_pixels):
     palette = tf.where(frame_flags >= 128, at + 10, tf.constant(13, tf.int64))
     flags = tf.where(frame_flags >= 128, frame_flags, _number(encoded, 10, 1))
 
-    def with_white_entry():
+    def with_white_entry(frame):
         """TensorFlow makes transparent pixels black: here none is, and their entry is white."""
-        control_flags = _number(encoded, control + 3, 1)
-        entry = palette + 3 * _number(encoded, control + 6, 1)
-        opaque = _put(encoded, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
+        control_flags = _number(frame, control + 3, 1)
+        entry = palette + 3 * _number(frame, control + 6, 1)
+        opaque = _put(frame, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
         in_palette = entry < palette + palette_size(flags)
         return tf.cond(in_palette, lambda: _put(opaque, entry, bytes(WHITE)), lambda: opaque)
 
-    transparent = tf.cond(
-        control > 0, lambda: _number(encoded, control + 3, 1) % 2 == 1, lambda: tf.constant(False)
-    )
+    transparent = (control > 0) & (_number(encoded, control + 3, 1) % 2 == 1)
     covered = _require(whole, "Expected a GIF whose first frame covers it.")
     with covered, _require_size(width, height, max_pixels):
-        encoded = tf.cond(transparent, with_white_entry, lambda: encoded)
         # TensorFlow would unpack all frames before it takes the first: gigabytes of a small file.
         pixels = at + 11 + tf.where(frame_flags >= 128, palette_size(frame_flags), 0)
-        encoded = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        frame = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
+        frame = tf.cond(transparent, lambda: with_white_entry(frame), lambda: frame)
+        image = tf.io.decode_image(frame, channels=3, expand_animations=False)
     return image
 
 
