@@ -255,7 +255,7 @@ def test_warm_up_requests_are_answered_and_name_every_signature(model, saved_mod
 
 
 def test_what_runs_functions_runs_one_after_another(saved_model):
-    """Else a broken image may end as cancelled: a request so fails, and an evaluation ends."""
+    """Else a broken image may end as CANCELLED, by which a request or an evaluation fails."""
     content = (pathlib.Path(saved_model) / "saved_model.pb").read_bytes()
     (graph,) = saved_model_pb2.SavedModel.FromString(content).meta_graphs
     looked_at = 0
@@ -267,13 +267,14 @@ def test_what_runs_functions_runs_one_after_another(saved_model):
         runners = {
             node.name
             for node in function.node_def
-            if any(value.HasField("func") for value in node.attr.values())
+            if any(value.HasField("func") or value.list.func for value in node.attr.values())
         }
         before, in_turn = {}, []
         for name in graphlib.TopologicalSorter(inputs).static_order():
             parents = inputs.get(name, ())
             before[name] = set(parents).union(*(before[parent] for parent in parents))
-            in_turn += [name] * (name in runners)
+            if name in runners:
+                in_turn.append(name)
         for first, second in itertools.pairwise(in_turn):
             assert first in before[second], (function.signature.name, first, second)
             looked_at += 1

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import skimage.data
 import tensorflow as tf
-from PIL import Image
+from PIL import ExifTags, Image
 
 import isd_tf
 from isd_tf.views import augment
@@ -33,9 +33,9 @@ REQUESTS, AT_ONCE, WARM_UP = 2000, 8, 500
 GROWTH = 10_000_000
 
 
-def encoded(image, form):
+def encoded(image, form, **options):
     buffer = io.BytesIO()
-    image.save(buffer, form)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -63,12 +63,14 @@ def good_requests(encoder):
 def malformed_requests():
     """Requests, and what the reason must say."""
     strict, photo = "serving_bytes_strict", Image.fromarray(skimage.data.coffee())
-    cannot = "Cannot be read"
+    cannot, turned = "Cannot be read", Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
     yield strict, {"image_bytes": [b""]}, cannot
     for form in ("JPEG", "PNG", "WebP", "GIF", "BMP"):
-        # Cut in its data, and in its head.
-        yield strict, {"image_bytes": [encoded(photo, form)[:5000]]}, cannot
-        yield strict, {"image_bytes": [encoded(photo, form)[:25]]}, cannot
+        for exif in ({}, {"exif": turned}):
+            file = encoded(photo, form, **exif)
+            yield strict, {"image_bytes": [file[:5000]]}, cannot  # Cut in its data.
+            yield strict, {"image_bytes": [file[:25]]}, cannot  # In its head.
     yield strict, {"image_bytes": [encoded(Image.new("L", (4000, 4000)), "PNG")]}, cannot
     yield strict, {"image_bytes": np.zeros(3, np.uint8)}, ""
     yield strict, {"image_bytes": [[encoded(photo, "PNG")]]}, "shape"

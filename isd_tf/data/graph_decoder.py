@@ -3,9 +3,9 @@
 For serving, and for evaluations, whose features shall be those of a served model. What every format
 means is said in `pixels`; here the same comes of it, or an error.
 
-What runs a function in TensorFlow, a condition or a loop, waits for the one before it. If two run
-at once and one fails, TensorFlow cancels the other, and the first error to arrive is the image's:
-sometimes CANCELLED, which datasets do not ignore. A broken image would end an evaluation so.
+Conditions and loops run functions, and here each waits for the one before it: let a new one depend
+on it. If two run at once and one fails, TensorFlow cancels the other, which may be the first to
+report, CANCELLED. `Dataset.ignore_errors` does not ignore that: an image would end an evaluation.
 """
 
 import functools
@@ -32,6 +32,7 @@ GRAPH_FORMATS = {
 LOOKED_INTO = 64
 # What has more pixels is turned and laid on white in Python, in less memory.
 LARGE_PIXELS = 2**26
+NOWHERE = np.int64([0, 0])  # A place and a length.
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 
 
@@ -149,12 +150,6 @@ def _cut(encoded, at, length):
     return tf.strings.substr(encoded, at, tf.cast(length, tf.int64))
 
 
-def _replaced_if(condition, text, encoded, at, length):
-    """The text, or if the condition holds, `length` bytes from a place on."""
-    # Not by `tf.cond`, which would run a function. No bytes are copied that are not wanted.
-    return tf.where(condition, _cut(encoded, at, tf.where(condition, length, 0)), text)
-
-
 def _number(encoded, at, size, big_endian=False):
     """The unsigned number of `size` bytes, int64, that stands at a place."""
     values = tf.cast(tf.io.decode_raw(_cut(encoded, at, size), tf.uint8), tf.int64)
@@ -165,7 +160,7 @@ def _number(encoded, at, size, big_endian=False):
 
 
 def _require(condition, message, *values):
-    # `tf.debugging.Assert` would run a function for numbers of 64 bits.
+    # `tf.debugging.Assert` runs a function, unless all values are strings or int32.
     check = tf.raw_ops.Assert(condition=condition, data=[message, *values])
     return tf.control_dependencies([check])
 
@@ -245,10 +240,8 @@ def _decode_jpeg_by_segments(encoded, max_pixels):
         segment,
         (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
     )
-    orientation = _orientation_of(exif, xmp)
-    with tf.control_dependencies([orientation]):
-        image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
-    return _upright(image, orientation)
+    image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
+    return _upright(image, _orientation_of(exif, xmp))
 
 
 def _decode_png(encoded, max_pixels):
@@ -258,23 +251,24 @@ def _decode_png(encoded, max_pixels):
     def chunk(at, exif, xmp, alpha):
         length = _number(encoded, at, 4, big_endian=True)
         kind = _cut(encoded, at + 4, 4)
-        exif = _replaced_if(kind == b"eXIf", exif, encoded, at + 8, length)
+        content = tf.stack([at + 8, length])
+        exif = tf.where(kind == b"eXIf", content, exif)
         keyword = _cut(encoded, at + 8, 22)
         profile = (kind == b"zTXt") | (kind == b"tEXt") | (kind == b"iTXt")
         profile &= keyword == b"Raw profile type exif\0"
         is_xmp = (kind == b"iTXt") & (_cut(keyword, 0, 18) == b"XML:com.adobe.xmp\0")
         compressed = is_xmp & (_cut(keyword, 18, 1) != b"\0")
         with _require(~(profile | compressed), "Cannot read orientation from compressed text."):
-            xmp = _replaced_if(is_xmp, xmp, encoded, at + 8, length)
+            xmp = tf.where(is_xmp, content, xmp)
         at = tf.where(kind == b"IEND", -at, at + length + 12)
         return at, exif, xmp, alpha | (kind == b"tRNS")
 
     _, exif, xmp, alpha = tf.while_loop(
         lambda at, *rest: at > 0,
         chunk,
-        (tf.constant(8, tf.int64), tf.constant(b""), tf.constant(b""), colour >= 4),
+        (tf.constant(8, tf.int64), NOWHERE, NOWHERE, colour >= 4),
     )
-    orientation = _orientation_of(exif, xmp)
+    orientation = _orientation_of(_cut(encoded, *tf.unstack(exif)), _cut(encoded, *tf.unstack(xmp)))
     with tf.control_dependencies([orientation]), _require_size(width, height, max_pixels):
         # Where a palette of few bits has no alpha, TensorFlow 2.21 would make up a wrong one.
         image = tf.cond(
@@ -308,17 +302,18 @@ def _decode_webp(encoded, max_pixels):
     def chunk(at, exif, xmp):
         kind = _cut(encoded, at, 4)
         length = _number(encoded, at + 4, 4)
-        exif = _replaced_if(kind == b"EXIF", exif, encoded, at + 8, length)
-        xmp = _replaced_if(kind == b"XMP ", xmp, encoded, at + 8, length)
+        content = tf.stack([at + 8, length])
+        exif = tf.where(kind == b"EXIF", content, exif)
+        xmp = tf.where(kind == b"XMP ", content, xmp)
         return at + 8 + length + length % 2, exif, xmp
 
     with tf.control_dependencies([alpha]):
         _, exif, xmp = tf.while_loop(
             lambda at, *rest: at <= end,
             chunk,
-            (tf.constant(12, tf.int64), tf.constant(b""), tf.constant(b"")),
+            (tf.constant(12, tf.int64), NOWHERE, NOWHERE),
         )
-    orientation = _orientation_of(exif, xmp)
+    orientation = _orientation_of(_cut(encoded, *tf.unstack(exif)), _cut(encoded, *tf.unstack(xmp)))
 
     def with_channels(channels):
         # Never 0, the file's own: TensorFlow 2.21 then writes beyond its buffer where it moves.
@@ -361,11 +356,11 @@ def _decode_gif(encoded, max_pixels):
     palette = tf.where(frame_flags >= 128, at + 10, tf.constant(13, tf.int64))
     flags = tf.where(frame_flags >= 128, frame_flags, _number(encoded, 10, 1))
 
-    def with_white_entry(frame):
+    def with_white_entry(encoded):
         """TensorFlow makes transparent pixels black: here none is, and their entry is white."""
-        control_flags = _number(frame, control + 3, 1)
-        entry = palette + 3 * _number(frame, control + 6, 1)
-        opaque = _put(frame, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
+        control_flags = _number(encoded, control + 3, 1)
+        entry = palette + 3 * _number(encoded, control + 6, 1)
+        opaque = _put(encoded, control + 3, tf.gather(ALL_BYTES, control_flags - 1))
         in_palette = entry < palette + palette_size(flags)
         return tf.cond(in_palette, lambda: _put(opaque, entry, bytes(WHITE)), lambda: opaque)
 
@@ -374,9 +369,9 @@ def _decode_gif(encoded, max_pixels):
     with covered, _require_size(width, height, max_pixels):
         # TensorFlow would unpack all frames before it takes the first: gigabytes of a small file.
         pixels = at + 11 + tf.where(frame_flags >= 128, palette_size(frame_flags), 0)
-        frame = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
-        frame = tf.cond(transparent, lambda: with_white_entry(frame), lambda: frame)
-        image = tf.io.decode_image(frame, channels=3, expand_animations=False)
+        first = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
+        first = tf.cond(transparent, lambda: with_white_entry(first), lambda: first)
+        image = tf.io.decode_image(first, channels=3, expand_animations=False)
     return image
 
 
