@@ -480,29 +480,6 @@ def test_what_a_graph_would_turn_or_lay_on_white_is_limited_and_the_cure_is_said
         assert pixels.open_image(FORMS[form][0]).size in ((40, 30), (30, 40))
 
 
-JPEG_WITH_EXIF, PNG, WEBP, GIF = (
-    FORMS[name][0] for name in ("jpeg, empty exif", "png", "webp", "gif")
-)
-GIF_HEAD = 13 + 3 * 2 ** (GIF[10] % 8 + 1)  # And its palette.
-
-
-@pytest.mark.parametrize(
-    ("before", "parts", "behind", "most"),
-    [
-        (JPEG[:2], b"\xff\xe2\0\x02" * 1024, JPEG_WITH_EXIF[2:], 1024),
-        (PNG[:33], chunk(b"tEXt", b"") * 65536, PNG[33:], 65536),
-        (WEBP, b"none\0\0\0\0" * 65536, b"", 65536),
-        (GIF[:GIF_HEAD], b"\x21\xfe\0" * 65, GIF[GIF_HEAD:], 64),
-        (GIF[:GIF_HEAD] + b"\x21\xfe", b"\1 " * 1025, b"\0" + GIF[GIF_HEAD:], 1024),
-        (GIF[:-2], b"\1 " * 65537, b"\0;", 65536),
-    ],
-    ids=["jpeg", "png", "webp", "gif", "gif, blocks", "gif, pixels"],
-)
-def test_a_file_of_countless_parts_does_not_hold_a_server(before, parts, behind, most):
-    with pytest.raises(tf.errors.InvalidArgumentError, match=f"at most {most} parts"):
-        decode(before + parts + behind)
-
-
 def test_a_png_of_many_pixels_in_few_bytes_is_refused_before_it_is_decoded():
     head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")

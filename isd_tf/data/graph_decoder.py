@@ -32,11 +32,6 @@ GRAPH_FORMATS = {
 LOOKED_INTO = 64
 # What has more pixels is turned and laid on white in Python, in less memory.
 LARGE_PIXELS = 2**26
-# Parts of a file that are looked through, one after another, 10 to 50 microseconds each: a few
-# megabytes of tiny ones would hold a server for half a minute. Real files have fewer.
-MOST_PARTS = 2**16
-MOST_SEGMENTS = 2**10  # Of a JPEG's head. Its EXIF data are copied at each.
-MOST_EXTENSIONS, MOST_BLOCKS = 2**6, 2**10  # Before a GIF's first frame; of each.
 NOWHERE = np.int64([0, 0])  # A place and a length.
 XMP_BEGIN = b"http://ns.adobe.com/xap/1.0/\0"  # In a JPEG.
 
@@ -164,13 +159,6 @@ def _number(encoded, at, size, big_endian=False):
     return tf.reduce_sum(values * (weights[::-1] if big_endian else weights))
 
 
-def _walk(has_more, step, begin, most):
-    """A loop whose first variable is the place in the file."""
-    ended = tf.while_loop(lambda at, *_: has_more(at), step, begin, maximum_iterations=most)
-    with _require(~has_more(ended[0]), f"Expected at most {most} parts, one after another."):
-        return [tf.identity(values) for values in ended]
-
-
 def _require(condition, message, *values):
     # `tf.debugging.Assert` runs a function, unless all values are strings or int32.
     check = tf.raw_ops.Assert(condition=condition, data=[message, *values])
@@ -247,11 +235,10 @@ def _decode_jpeg_by_segments(encoded, max_pixels):
         return at, exif, xmp, height, width, components
 
     zero = tf.constant(0, tf.int64)
-    _, exif, xmp, height, width, components = _walk(
-        lambda at: at > 0,
+    _, exif, xmp, height, width, components = tf.while_loop(
+        lambda at, *rest: at > 0,
         segment,
         (tf.constant(2, tf.int64), tf.constant(b""), tf.constant(b""), zero, zero, zero),
-        MOST_SEGMENTS,
     )
     image = _decode_grey_or_rgb(encoded, height, width, components, max_pixels)
     return _upright(image, _orientation_of(exif, xmp))
@@ -276,11 +263,10 @@ def _decode_png(encoded, max_pixels):
         at = tf.where(kind == b"IEND", -at, at + length + 12)
         return at, exif, xmp, alpha | (kind == b"tRNS")
 
-    _, exif, xmp, alpha = _walk(
-        lambda at: at > 0,
+    _, exif, xmp, alpha = tf.while_loop(
+        lambda at, *rest: at > 0,
         chunk,
         (tf.constant(8, tf.int64), NOWHERE, NOWHERE, colour >= 4),
-        MOST_PARTS,
     )
     orientation = _orientation_of(_cut(encoded, *tf.unstack(exif)), _cut(encoded, *tf.unstack(xmp)))
     with tf.control_dependencies([orientation]), _require_size(width, height, max_pixels):
@@ -322,8 +308,10 @@ def _decode_webp(encoded, max_pixels):
         return at + 8 + length + length % 2, exif, xmp
 
     with tf.control_dependencies([alpha]):
-        _, exif, xmp = _walk(
-            lambda at: at <= end, chunk, (tf.constant(12, tf.int64), NOWHERE, NOWHERE), MOST_PARTS
+        _, exif, xmp = tf.while_loop(
+            lambda at, *rest: at <= end,
+            chunk,
+            (tf.constant(12, tf.int64), NOWHERE, NOWHERE),
         )
     orientation = _orientation_of(_cut(encoded, *tf.unstack(exif)), _cut(encoded, *tf.unstack(xmp)))
 
@@ -345,22 +333,21 @@ def _decode_gif(encoded, max_pixels):
 
     data = tf.io.decode_raw(encoded, tf.uint8)
 
-    def skip(at, most):
+    def skip(at):
         """Past the blocks, each led by its length, that begin at a place."""
         body = lambda at: [at + tf.cast(tf.gather(data, at), tf.int64) + 1]  # noqa: E731
-        (at,) = _walk(lambda at: tf.gather(data, at) > 0, body, [at], most)
+        (at,) = tf.while_loop(lambda at: tf.gather(data, at) > 0, body, [at])
         return at + 1
 
     def extension(at, control):
         is_control = _number(encoded, at + 1, 1) == 0xF9
-        return skip(at + 2, MOST_BLOCKS), tf.where(is_control, at, control)
+        return skip(at + 2), tf.where(is_control, at, control)
 
     # Extensions, of which one may tell the transparent entry, precede the first frame.
-    at, control = _walk(
-        lambda at: _number(encoded, at, 1) == 0x21,
+    at, control = tf.while_loop(
+        lambda at, control: _number(encoded, at, 1) == 0x21,
         extension,
         (13 + palette_size(_number(encoded, 10, 1)), tf.constant(0, tf.int64)),
-        MOST_EXTENSIONS,
     )
     place = [_number(encoded, at + 1 + 2 * i, 2) for i in range(4)]
     whole = (place[0] == 0) & (place[1] == 0) & (place[2] == width) & (place[3] == height)
@@ -382,7 +369,7 @@ def _decode_gif(encoded, max_pixels):
     with covered, _require_size(width, height, max_pixels):
         # TensorFlow would unpack all frames before it takes the first: gigabytes of a small file.
         pixels = at + 11 + tf.where(frame_flags >= 128, palette_size(frame_flags), 0)
-        first = tf.strings.join([_cut(encoded, 0, skip(pixels, MOST_PARTS)), b";"])
+        first = tf.strings.join([_cut(encoded, 0, skip(pixels)), b";"])
         first = tf.cond(transparent, lambda: with_white_entry(first), lambda: first)
         image = tf.io.decode_image(first, channels=3, expand_animations=False)
     return image
